@@ -1,0 +1,414 @@
+"""What the user wants: one validated YAML file, flat where the ecosystem is flat.
+
+Values come, each overriding the one before, from the defaults below, the profile named by `profile`, the file, and
+the command line. Every problem is reported in one go; an unknown key is an error that names the key most like it.
+`"auto"` means that planning decides; a value is respected. Input paths in the file may be relative to the file;
+`output_dir` is relative to the working folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Hashable, Mapping, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from laras.errors import ConfigError
+
+Auto = Literal["auto"]
+PROFILES = ("default", "conservative", "fast-look")
+BUILTIN_MODEL = "builtin:smollm2-135m"
+BUILTIN_DATASET = "builtin:stdlib"
+
+# Keys of Axolotl, LLaMA-Factory, Unsloth and older transformers that mean exactly one of ours.
+ALIASES: dict[str, str] = {
+    "base_model": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "model": "model_name_or_path",
+    "datasets": "dataset",
+    "dataset_name": "dataset",
+    "train_file": "dataset",
+    "sequence_len": "max_length",
+    "max_seq_length": "max_length",
+    "max_seq_len": "max_length",
+    "cutoff_len": "max_length",
+    "micro_batch_size": "per_device_train_batch_size",
+    "train_batch_size": "effective_batch_size",
+    "eval_batch_size": "per_device_eval_batch_size",
+    "num_epochs": "num_train_epochs",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
+    "lora_rank": "lora_r",
+    "lora_target": "lora_target_modules",
+    "target_modules": "lora_target_modules",
+    "sample_packing": "packing",
+    "gradient_clipping": "max_grad_norm",
+    "attn_impl": "attn_implementation",
+    "output": "output_dir",
+    "quantization_bit": "load_in_4bit",
+    "assistant_only_loss": "completion_only_loss",
+}
+# Keys that have no one-to-one counterpart: the error says what to write instead.
+FOREIGN_KEYS: dict[str, str] = {
+    "adapter": "write `finetuning_type: lora` and `load_in_4bit: true` for QLoRA",
+    "stage": "Laras does supervised fine-tuning only; remove it",
+    "val_set_size": "write `split: {validation: 0.1}`",
+    "val_size": "write `split: {validation: 0.1}`",
+    "train_on_inputs": "write `completion_only_loss: false` to learn the prompt too",
+    "train_on_prompt": "write `completion_only_loss: false` to learn the prompt too",
+    "bf16": "write `precision: bf16` (or leave it `auto`)",
+    "fp16": "write `precision: fp16` (or leave it `auto`)",
+    "tf32": "write `precision: fp32`; TF32 is used where the GPU has it",
+    "flash_attention": "write `attn_implementation: flash_attention_2`",
+    "wandb_project": "add `wandb` to `report_to` and set the environment variable WANDB_PROJECT",
+    "template": "the tokenizer's own chat template is used; `chat_template` names a Jinja file to replace it",
+    "warmup_steps": "write `warmup_ratio`, a fraction of all steps",
+}
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DatasetFiles(_Frozen):
+    """The dataset as explicit parts; validation and test are then checked for leakage against train."""
+
+    train: str | tuple[str, ...]
+    validation: str | None = None
+    test: str | None = None
+
+
+class SplitConfig(_Frozen):
+    """How rows are divided; `auto` follows the number of rows (see `laras.data.split`)."""
+
+    train: Auto | Annotated[float, Field(gt=0, lt=1)] = "auto"
+    validation: Auto | Annotated[float, Field(ge=0, lt=1)] = "auto"
+    test: Auto | Annotated[float, Field(ge=0, lt=1)] = "auto"
+    stratify_by: str | None = Field(None, description="Field of the rows whose proportions every split keeps.")
+    near_duplicate_threshold: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.8, description="Estimated Jaccard similarity of word 5-grams from which two rows share a split; 1: exact only."
+    )
+
+    @model_validator(mode="after")
+    def _ratios_add_up(self) -> Self:
+        given = [value for value in (self.train, self.validation, self.test) if value != "auto"]
+        if len(given) == 3 and abs(sum(given) - 1) > 1e-6:
+            raise ValueError(f"train + validation + test is {sum(given):g}; they must add up to 1")
+        if len(given) < 3 and sum(given) >= 1:
+            raise ValueError(f"the given ratios add up to {sum(given):g}, which leaves nothing for the others")
+        return self
+
+
+def _as_list(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class RunConfig(_Frozen):
+    """Everything a user can decide about a run. Frozen; written to the run directory as given and as resolved."""
+
+    profile: Literal["default", "conservative", "fast-look"] = Field("default", description="Named set of defaults.")
+
+    # Model
+    model_name_or_path: str = Field(BUILTIN_MODEL, min_length=1, description="Hub id, folder, or `builtin:…`.")
+    model_revision: str | None = Field(None, description="Branch, tag or commit on the Hub.")
+    trust_remote_code: bool = Field(False, description="Run Python code that a model repository brings.")
+    chat_template: str | None = Field(None, description="Path of a Jinja file that replaces the tokenizer's template.")
+
+    # Data
+    dataset: str | DatasetFiles = Field(BUILTIN_DATASET, description="File, folder, glob, Hub id, `builtin:…`, or parts.")
+    dataset_format: Literal["auto", "text", "prompt-completion", "messages", "alpaca", "sharegpt"] = "auto"
+    columns: dict[str, str] = Field(
+        default_factory=dict, description="Our field name → column in the data, e.g. {prompt: question}."
+    )
+    on_bad_rows: Literal["stop", "skip"] = "stop"
+    overlong: Literal["truncate", "drop", "error"] = Field("truncate", description="Examples beyond `max_length`.")
+    completion_only_loss: bool = Field(True, description="Loss on assistant turns and completions only.")
+    max_length: Annotated[int, Field(ge=8, le=10_000_000)] = Field(4096, description="Cap in tokens.")
+    limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Use only the first N rows (a trial run).")
+    split: SplitConfig = SplitConfig()
+
+    # Method
+    finetuning_type: Literal["lora", "full"] = "lora"
+    lora_r: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
+    lora_alpha: Auto | Annotated[float, Field(gt=0)] = "auto"
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    lora_target_modules: Auto | Literal["all-linear"] | tuple[str, ...] = "auto"
+    use_rslora: Auto | bool = "auto"
+    use_dora: bool = False
+    load_in_4bit: Auto | bool = "auto"
+    load_in_8bit: bool = False
+
+    # Optimization: never changed by planning
+    effective_batch_size: Annotated[int, Field(ge=1)] = Field(16, description="Sequences per optimizer step.")
+    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
+    max_steps: Annotated[int, Field(ge=1)] | None = None
+    learning_rate: Auto | Annotated[float, Field(gt=0, le=1)] = Field("auto", description="LoRA 2e-4, full 2e-5.")
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    full_determinism: bool = Field(False, description="Bit-exact on GPU too; slower.")
+
+    # Execution: planned when `auto`
+    backend: Literal["auto", "transformers", "unsloth"] = "auto"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    attn_implementation: str = "auto"
+    loss_kind: Literal["auto", "full", "chunked"] = "auto"
+    packing: Auto | bool = "auto"
+    gradient_checkpointing: Auto | bool = "auto"
+    per_device_train_batch_size: Auto | Annotated[int, Field(ge=1)] = "auto"
+    per_device_eval_batch_size: Auto | Annotated[int, Field(ge=1)] = "auto"
+    gradient_accumulation_steps: Auto | Annotated[int, Field(ge=1)] = "auto"
+    optim: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto"
+    gpu: str | None = Field(None, description="Plan for this GPU of the catalogue instead of the local one.")
+    memory_budget_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+
+    # Validation and saving
+    eval_steps: Auto | Annotated[int, Field(ge=1)] = "auto"
+    save_steps: Auto | Annotated[int, Field(ge=1)] = "auto"
+    logging_steps: Annotated[int, Field(ge=1)] = 10
+    save_total_limit: Annotated[int, Field(ge=1)] = 3
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = 5
+    early_stopping_min_delta: Annotated[float, Field(ge=0)] = 0.001
+
+    # Output
+    output_dir: str = Field("runs", min_length=1)
+    run_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Default: date, model, digest.")
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_as_list)] = (
+        "tensorboard",
+    )
+
+    @model_validator(mode="after")
+    def _choices_agree(self) -> Self:
+        problems = []
+        if self.load_in_4bit is True and self.load_in_8bit:
+            problems.append("load_in_4bit and load_in_8bit are both true; choose one")
+        if self.finetuning_type == "full" and (self.load_in_4bit is True or self.load_in_8bit):
+            problems.append("full fine-tuning needs unquantised weights; set load_in_4bit/load_in_8bit to false")
+        if self.finetuning_type == "full" and self.use_dora:
+            problems.append("use_dora is a kind of LoRA; remove it or set finetuning_type: lora")
+        micro, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        if micro != "auto" and self.effective_batch_size % micro:
+            problems.append(
+                f"effective_batch_size {self.effective_batch_size} is not a multiple of "
+                f"per_device_train_batch_size {micro}"
+            )
+        elif micro != "auto" and accumulation != "auto" and self.effective_batch_size % (micro * accumulation):
+            problems.append(
+                f"per_device_train_batch_size {micro} x gradient_accumulation_steps {accumulation} does not divide "
+                f"effective_batch_size {self.effective_batch_size}"
+            )
+        if problems:
+            raise ValueError("; ".join(problems))
+        return self
+
+
+def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file (or, without one, the built-in example), applies overrides and validates the result.
+
+    Args:
+        path: The YAML file; None for the built-in example.
+        overrides: `{"learning_rate": 1e-4, "split.test": 0.2}` or `["learning_rate=1e-4", "split.test=0.2"]`.
+
+    Raises:
+        ConfigError: With every problem at once.
+    """
+    given = _read_yaml(Path(path)) if path is not None else {}
+    values, problems = _canonical_keys(given)
+    override_values, override_problems = _canonical_keys(_parse_overrides(overrides))
+    problems += override_problems
+    values = _merged(values, override_values)
+    profile = values.get("profile", "default")
+    if isinstance(profile, str) and profile in PROFILES:
+        values = _merged(_profile_values(profile), values)
+    if path is not None:
+        values = _relative_to(Path(path).parent, values, given)
+    config: RunConfig | None = None
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        problems += _validation_problems(error)
+    if problems or config is None:
+        where = f"{path}" if path is not None else "the command line"
+        raise ConfigError(
+            f"{len(problems)} problem{'s' * (len(problems) != 1)} in {where}",
+            problems=problems,
+            hint="`laras init` writes a file with every key that a person would change",
+        )
+    return config
+
+
+def config_to_yaml(config: RunConfig) -> str:
+    """The resolved configuration as YAML, every key present, in the order of the class."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """SafeLoader that refuses a key written twice, which YAML would silently resolve to the last one."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+            if isinstance(key, Hashable):
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} is written twice", key_node.start_mark
+                    )
+                seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no configuration file {path}", hint="`laras init` writes laras.yaml; `laras train` alone runs the example"
+        ) from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder, not a configuration file", hint="name the YAML file in it") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 (byte {error.start})", hint="save the file as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}", hint="check the path and its permissions") from None
+    try:
+        values = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        detail = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(f"{path} is not valid YAML: {detail}", hint="check the indentation and quotes there") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ConfigError(
+            f"{path} must hold `key: value` lines, not a {type(values).__name__}", hint="`laras init` writes an example"
+        )
+    return values
+
+
+def _parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, Any]:
+    """`a.b=1` → {"a": {"b": 1}}, values read as YAML; dashes in keys are underscores."""
+    if isinstance(overrides, Mapping):
+        pairs = list(overrides.items())
+    else:
+        pairs = []
+        for text in overrides:
+            key, equals, value = text.partition("=")
+            if not equals or not key.strip():
+                raise ConfigError(f"override {text!r} is not KEY=VALUE", hint="for example learning_rate=1e-4")
+            try:
+                pairs.append((key.strip(), yaml.safe_load(value)))
+            except yaml.YAMLError:
+                raise ConfigError(f"override {text!r}: the value is not valid YAML", hint="quote it") from None
+    nested: dict[str, Any] = {}
+    for key, value in pairs:
+        *parents, leaf = key.replace("-", "_").split(".")
+        level = nested
+        for parent in parents:
+            child = level.setdefault(parent, {})
+            if not isinstance(child, dict):
+                raise ConfigError(f"override {key!r}: {parent!r} is already given a plain value", hint="give one of them")
+            level = child
+        level[leaf] = value
+    return nested
+
+
+def _canonical_keys(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Replaces aliases by our names; returns the problems of unknown and doubled keys."""
+    known = list(RunConfig.model_fields)
+    result: dict[str, Any] = {}
+    problems: list[str] = []
+    for key, value in values.items():
+        name = ALIASES.get(key, key)
+        if key in FOREIGN_KEYS:
+            problems.append(f"{key}: not a key of Laras; {FOREIGN_KEYS[key]}")
+        elif name not in known:
+            close = difflib.get_close_matches(key, [*known, *ALIASES], n=1, cutoff=0.6)
+            guess = f"; did you mean {ALIASES.get(close[0], close[0])!r}?" if close else ""
+            problems.append(f"{key}: unknown key{guess}")
+        elif name in result:
+            problems.append(f"{key}: means {name}, which is given as well; keep one")
+        else:
+            result[name] = _quantization_bits(value) if key == "quantization_bit" else value
+    return result, problems
+
+
+def _quantization_bits(value: Any) -> Any:
+    return {4: True, None: False}.get(value, value)
+
+
+def _validation_problems(error: ValidationError) -> list[str]:
+    problems = []
+    for item in error.errors(include_url=False):
+        # Union members appear in the location as tags such as `float` or `literal['auto']`: not for the reader.
+        location = ".".join(str(part) for part in item["loc"] if _is_field_name(part))
+        if item["type"] == "extra_forbidden":
+            *parents, leaf = location.split(".")
+            model = {"split": SplitConfig, "dataset": DatasetFiles}.get(parents[0] if parents else "")
+            close = difflib.get_close_matches(leaf, list(model.model_fields) if model else [], n=1)
+            text = "unknown key" + (f"; did you mean {close[0]!r}?" if close else "")
+        else:
+            text = item["msg"].removeprefix("Value error, ")
+            text = text[0].lower() + text[1:]
+            if item["type"] != "missing" and not isinstance(item["input"], dict | BaseModel):
+                text += f" (got {item['input']!r:.80})"
+        line = f"{location}: {text}" if location else text
+        same = next((i for i, other in enumerate(problems) if location and other.startswith(f"{location}: ")), None)
+        if same is None:
+            problems.append(line)
+        else:  # the members of one union: one line for the user
+            problems[same] = problems[same].rsplit(" (got", 1)[0] + f", or {text}"
+    return problems
+
+
+def _is_field_name(part: str | int) -> bool:
+    if isinstance(part, int):
+        return True
+    names = {*RunConfig.model_fields, *SplitConfig.model_fields, *DatasetFiles.model_fields}
+    return part in names or not any(mark in part for mark in "[(]-") and part not in {
+        "float", "int", "bool", "str", "DatasetFiles", "constrained"
+    }
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` on top of `base`; mappings merge, everything else replaces."""
+    result = dict(base)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return result
+
+
+def _profile_values(profile: str) -> dict[str, Any]:
+    text = resources.files("laras.resources.profiles").joinpath(f"{profile}.yaml").read_text(encoding="utf-8")
+    return yaml.safe_load(text) or {}
+
+
+def _relative_to(folder: Path, values: dict[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Input paths that the file gives and that exist beside it are taken from there, else from the working folder."""
+
+    def resolved(value: Any) -> Any:
+        if isinstance(value, str) and not value.startswith("builtin:") and not Path(value).is_absolute():
+            beside = folder / value
+            is_glob = any(mark in value for mark in "*?[")
+            found = any(folder.glob(value)) if is_glob else beside.exists()
+            return str(beside) if found else value
+        if isinstance(value, Mapping):
+            return {key: resolved(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [resolved(item) for item in value]
+        return value
+
+    canonical, _ = _canonical_keys(given)
+    result = dict(values)
+    for key in ("model_name_or_path", "dataset", "chat_template"):
+        if key in canonical and result.get(key) == canonical[key]:
+            result[key] = resolved(result[key])
+    return result

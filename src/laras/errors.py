@@ -1,0 +1,110 @@
+"""Every error that Laras raises on purpose.
+
+    LarasError                  exit code
+    ├── ConfigError                 2   the configuration or the command line is wrong
+    │   └── MissingExtraError       2   an optional package is asked for and absent
+    ├── DataError                   3   the dataset cannot be used as it is
+    ├── PlanError                   4   no plan, or not the forced one, fits the device
+    ├── TrainingInterrupted         5   stopped by a signal; saved; `laras resume` goes on
+    ├── TrainingAborted             6   numbers that do not train, or memory that no split cures
+    │   └── OutOfMemoryError        6   one example alone does not fit
+    └── RunStateError               7   the run is in use, or its state refuses the request
+        ├── CheckpointError         7   no usable checkpoint, or one that is damaged
+        └── SealedTestError         7   the sealed test set may not be opened, or was altered
+
+The message states the offending value and the limit; the hint says what to change. Any other exception that
+reaches the command line is a defect of Laras.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """What the `laras` command returns; stable (documented in the README)."""
+
+    DONE = 0
+    USAGE = 2
+    DATA = 3
+    PLAN = 4
+    INTERRUPTED = 5
+    ABORTED = 6
+    RUN_STATE = 7
+
+
+class LarasError(Exception):
+    """Root of the tree.
+
+    Args:
+        message: What is wrong, with the offending value and the limit.
+        hint: What the user can change; shown after `hint:`.
+        problems: When several things are wrong, each in one line; all are shown.
+    """
+
+    exit_code: ExitCode = ExitCode.USAGE
+
+    def __init__(self, message: str, *, hint: str | None = None, problems: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        lines = [self.message, *(f"  - {problem}" for problem in self.problems)]
+        if self.hint:
+            lines.append(f"hint: {self.hint}")
+        return "\n".join(lines)
+
+
+class ConfigError(LarasError):
+    """The configuration or the command line is wrong."""
+
+    exit_code = ExitCode.USAGE
+
+
+class MissingExtraError(ConfigError):
+    """An optional package is asked for and is not installed."""
+
+
+class DataError(LarasError):
+    """The dataset cannot be used as it is."""
+
+    exit_code = ExitCode.DATA
+
+
+class PlanError(LarasError):
+    """No plan, or not the forced one, fits the device."""
+
+    exit_code = ExitCode.PLAN
+
+
+class TrainingInterrupted(LarasError):
+    """Training was stopped by a signal after its state was saved."""
+
+    exit_code = ExitCode.INTERRUPTED
+
+
+class TrainingAborted(LarasError):
+    """Training cannot go on: numbers that do not train, or memory that no split cures."""
+
+    exit_code = ExitCode.ABORTED
+
+
+class OutOfMemoryError(TrainingAborted):
+    """One example alone does not fit the device."""
+
+
+class RunStateError(LarasError):
+    """The run is in use by another process, or its state refuses the request."""
+
+    exit_code = ExitCode.RUN_STATE
+
+
+class CheckpointError(RunStateError):
+    """No usable checkpoint, or one that is damaged."""
+
+
+class SealedTestError(RunStateError):
+    """The sealed test set may not be opened, or has been altered."""

@@ -1,0 +1,1 @@
+"""Exact metrics, independent of batch size."""

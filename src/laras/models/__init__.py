@@ -1,0 +1,1 @@
+"""Loading, adapters, precision, attention and the step function that training and planning share."""

@@ -1,0 +1,394 @@
+"""What happened: one frozen, versioned JSON record per stage.
+
+    RunConfig → DatasetProfile → SplitManifest → TrainPlan → RunResult → EvalResult
+
+Each record names its parent's digest, so that a run directory is a chain: a changed record no longer matches what
+was built on it. Records hold facts only, no wall-clock time except in `Environment` and `RunResult`, so that equal
+inputs give equal digests. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from laras.errors import RunStateError
+
+Format = Literal["text", "prompt-completion", "messages", "alpaca", "sharegpt"]
+SplitName = Literal["train", "validation", "test"]
+Precision = Literal["bf16", "fp16", "fp32"]
+LossKind = Literal["full", "chunked"]
+Optim = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
+RunStatus = Literal["running", "finished", "interrupted", "failed"]
+
+
+class Value(BaseModel):
+    """A frozen part of a record."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Record(Value):
+    """A stage's result, written as `records/<name>.json`."""
+
+    name: ClassVar[str]
+    schema_version: int = 1
+    parent_digest: str | None = None
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, in hexadecimal."""
+        return digest_of(self.model_dump(mode="json"))
+
+    def save(self, run_dir: Path) -> Path:
+        """Writes the record whole or not at all; returns its path."""
+        folder = run_dir / "records"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}.json"
+        write_atomically(path, self.model_dump_json(indent=2) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, run_dir: Path) -> Self:
+        """Reads the record of a run.
+
+        Raises:
+            RunStateError: When it is missing, damaged, or of a version that this Laras does not know.
+        """
+        path = run_dir / "records" / f"{cls.name}.json"
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise RunStateError(
+                f"{run_dir} has no {cls.name} record", hint="name the folder of a run, as `laras runs` lists them"
+            ) from None
+        except (ValidationError, OSError) as error:
+            raise RunStateError(
+                f"{path} is damaged or of another version: {str(error).splitlines()[0]}",
+                hint="restore the file, or start a new run",
+            ) from None
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON-like value's canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes aside, syncs and renames, so that a reader sees the old file or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------- data
+
+
+class RowProblem(Value):
+    """One row that cannot be used, and why."""
+
+    file: str
+    line: int  # 1-based line of JSONL and CSV files, row number elsewhere
+    reason: str
+    action: Literal["stopped", "skipped"]
+
+
+class SourceFile(Value):
+    """One file the rows came from."""
+
+    path: str  # as the user named it; never an absolute path of the machine unless the user wrote one
+    bytes: int
+    sha256: str
+
+
+class LengthStats(Value):
+    """Token lengths of a set of rendered examples, after truncation or dropping. All zero for an empty set."""
+
+    rows: int
+    min: int
+    max: int
+    mean: float
+    median: float
+    p90: float
+    p95: float
+    p99: float
+    total: int
+    target_total: int  # tokens that carry loss
+    histogram_edges: tuple[int, ...] = ()  # len(histogram_counts) + 1, in tokens
+    histogram_counts: tuple[int, ...] = ()
+
+
+class DatasetProfile(Record):
+    """What the data is: where it came from, its format, its lengths, what is wrong with it."""
+
+    name: ClassVar[str] = "profile"
+    source: str
+    files: tuple[SourceFile, ...]
+    format: Format
+    rows: int  # read, bad ones included
+    kept_rows: int
+    problems: tuple[RowProblem, ...]
+    tokens: LengthStats
+    max_length_tokens: int  # the cap that was applied: min(config, model context)
+    overlong: Literal["truncate", "drop", "error"]
+    truncated_rows: int  # longer than the cap: cut, or dropped, as `overlong` says
+    duplicate_rows: int  # rows equal to an earlier one
+    near_duplicate_groups: int  # groups of two or more rows that are equal or nearly so
+    mask_source: Literal["generation-markers", "derived", "boundary", "all-tokens"]
+    tokenizer_digest: str
+    chat_template_digest: str | None
+
+
+class SplitInfo(Value):
+    """One split. For the sealed test set this is all that the rest of the program knows."""
+
+    rows: int
+    tokens: LengthStats
+    sha256: str  # of the token ids and labels, independent of the file format
+
+
+class SplitDrift(Value):
+    """Distance between the token lengths of a split and those of train."""
+
+    split: SplitName
+    ks_statistic: float  # Kolmogorov-Smirnov, 0 to 1
+    p_value: float
+
+
+class SplitManifest(Record):
+    """How the rows were divided."""
+
+    name: ClassVar[str] = "split"
+    seed: int
+    ratios: tuple[float, float, float]  # train, validation, test
+    stratify_by: str | None
+    strata: dict[str, dict[str, int]] = {}  # value of the field → rows in each split
+    train: SplitInfo
+    validation: SplitInfo
+    test: SplitInfo
+    drift: tuple[SplitDrift, ...] = ()
+    excluded_rows: int = 0  # rows left out because they resemble rows of two splits
+    warnings: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------- planning
+
+
+class ModelSpec(Value):
+    """The architecture, from `config.json` alone."""
+
+    source: str
+    model_type: str
+    architecture: str
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    attention_heads: int
+    key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    experts: int = 0
+    experts_per_token: int = 0
+    total_parameters: int
+    linear_parameters: int  # in linear layers of the decoder, the head excluded
+    embedding_parameters: int  # embedding, and the head where it is not tied
+    config_digest: str
+
+
+class HardwareSpec(Value):
+    """The device planned for."""
+
+    kind: Literal["cuda", "cpu"]
+    gpu_name: str
+    count: int
+    total_bytes: int
+    other_processes_bytes: int
+    compute_capability: tuple[int, int] | None
+    native_bf16: bool
+    bandwidth_bytes_per_s: float
+    peak_flops: dict[Precision, float]
+    source: str  # "local", or the origin of the catalogue's figures
+
+
+class MemoryEstimate(Value):
+    """Predicted bytes on one device."""
+
+    train_peak_allocated_bytes: int
+    train_peak_reserved_bytes: int
+    eval_peak_allocated_bytes: int
+    device_budget_bytes: int
+    components: dict[str, int]
+    peak_moment: str
+    method: Literal["closed-form", "simulation"]
+
+
+class TimeEstimate(Value):
+    """Predicted duration."""
+
+    tokens_per_s: float
+    steps: int
+    total_s: float
+
+
+class PlanChoices(Value):
+    """Everything that training needs to know, fully resolved: no `auto`, no None that means auto."""
+
+    per_device_train_batch_size: int
+    per_device_eval_batch_size: int
+    gradient_accumulation_steps: int
+    gradient_checkpointing: bool
+    packing: bool
+    max_length: int
+    finetuning_type: Literal["lora", "full"]
+    load_in_4bit: bool
+    load_in_8bit: bool
+    precision: Precision
+    optim: Optim
+    backend: Literal["transformers", "unsloth"]
+    attention: str
+    loss_kind: LossKind
+    lora_r: int
+    lora_alpha: float
+    lora_dropout: float
+    use_rslora: bool
+    use_dora: bool
+    target_modules: tuple[str, ...]
+    trainable_parameters: int
+    total_parameters: int
+    learning_rate: float
+    eval_steps: int
+    save_steps: int
+    logging_steps: int
+
+
+class Alternative(Value):
+    """A candidate that was not chosen."""
+
+    per_device_train_batch_size: int
+    gradient_checkpointing: bool
+    packing: bool
+    load_in_4bit: bool
+    loss_kind: LossKind
+    train_peak_allocated_bytes: int
+    tokens_per_s: float
+    fits: bool
+
+
+class TrainPlan(Record):
+    """What will run, and why."""
+
+    name: ClassVar[str] = "plan"
+    config_digest: str
+    model: ModelSpec
+    hardware: HardwareSpec
+    choices: PlanChoices
+    reasons: dict[str, str]  # choice → one line
+    memory: MemoryEstimate
+    time: TimeEstimate
+    total_steps: int
+    fits: bool
+    alternatives: tuple[Alternative, ...] = ()
+    remedies: tuple[str, ...] = ()  # when it does not fit: what would
+    warnings: tuple[str, ...] = ()
+
+
+# ---------------------------------------------------------------- running
+
+
+class Environment(Record):
+    """Where the run happened. No user name, no path, no environment variable."""
+
+    name: ClassVar[str] = "environment"
+    laras_version: str
+    python_version: str
+    platform: str
+    packages: dict[str, str]
+    device: str
+    driver: str | None
+    processes: int
+    created_at: str  # UTC, ISO 8601
+
+
+class BestCheckpoint(Value):
+    """The step with the lowest validation loss."""
+
+    step: int
+    eval_loss: float
+
+
+class Measured(Value):
+    """What the run really took; compared with the plan. Memory is resident memory on CPU."""
+
+    peak_allocated_bytes: int
+    peak_reserved_bytes: int
+    tokens_per_s: float
+    elapsed_s: float
+
+
+class RunEvent(Value):
+    """Something that a reader of the run should know: a resume, an out-of-memory split, a skipped step."""
+
+    step: int
+    kind: str
+    detail: str
+
+
+class RunResult(Record):
+    """How training ended."""
+
+    name: ClassVar[str] = "result"
+    status: RunStatus
+    steps: int
+    epochs: float
+    train_loss: float | None
+    best: BestCheckpoint | None
+    stopped_early: bool
+    measured: Measured
+    events: tuple[RunEvent, ...] = ()
+
+
+# ---------------------------------------------------------------- evaluation
+
+
+class SplitScore(Value):
+    """Exact metrics of one model on one split: shifted by one, over target tokens, token-weighted over the whole."""
+
+    loss: float  # mean negative log-likelihood in nats per target token
+    loss_ci95: tuple[float, float]  # bootstrap over examples
+    perplexity: float
+    perplexity_ci95: tuple[float, float]
+    token_accuracy: float
+    target_tokens: int
+    examples: int
+
+
+class Opening(Value):
+    """One line of the sealed set's ledger."""
+
+    opened_at: str  # UTC, ISO 8601
+    purpose: str
+    max_samples: int | None
+    laras_version: str
+
+
+class EvalResult(Record):
+    """The score on the sealed test set, base beside tuned."""
+
+    name: ClassVar[str] = "evaluation"
+    base: SplitScore
+    tuned: SplitScore
+    loss_improvement_ci95: tuple[float, float]  # base - tuned, paired bootstrap over examples
+    openings: int

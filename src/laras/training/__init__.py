@@ -1,0 +1,1 @@
+"""The training loop: TRL's SFTTrainer composed with Laras' step, checkpoints, trackers and callbacks."""
