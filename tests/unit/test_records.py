@@ -1,0 +1,61 @@
+"""Records: whole or absent, chained by digest, refused when damaged."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from laras.errors import RunStateError
+from laras.records import BestCheckpoint, Measured, RunResult, digest_of, write_atomically
+
+
+def result(**changes: object) -> RunResult:
+    values: dict[str, object] = {
+        "status": "finished",
+        "steps": 10,
+        "epochs": 1.0,
+        "train_loss": 1.5,
+        "best": BestCheckpoint(step=8, eval_loss=1.25),
+        "stopped_early": False,
+        "measured": Measured(peak_allocated_bytes=1, peak_reserved_bytes=2, tokens_per_s=3.0, elapsed_s=4.0),
+    }
+    return RunResult.model_validate(values | changes)
+
+
+def test_a_record_reads_back_equal_with_the_same_digest(tmp_path: Path) -> None:
+    result().save(tmp_path)
+    loaded = RunResult.load(tmp_path)
+    assert loaded == result()
+    assert loaded.digest() == result().digest()
+
+
+def test_any_change_changes_the_digest() -> None:
+    assert result().digest() != result(steps=11).digest()
+    assert digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1})
+
+
+def test_a_record_is_frozen_and_refuses_unknown_fields() -> None:
+    with pytest.raises(ValidationError):
+        result().steps = 3  # type: ignore[misc]
+    with pytest.raises(ValidationError):
+        result(surprise=1)
+
+
+def test_a_missing_or_damaged_record_is_a_run_state_error(tmp_path: Path) -> None:
+    with pytest.raises(RunStateError, match="has no result record"):
+        RunResult.load(tmp_path)
+    path = result().save(tmp_path)
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(RunStateError, match="damaged"):
+        RunResult.load(tmp_path)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path: Path) -> None:
+    path = tmp_path / "file.json"
+    write_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomically(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
