@@ -357,9 +357,11 @@ def _validation_problems(error: ValidationError) -> list[str]:
     problems: list[str] = []
     for item in error.errors(include_url=False):
         # Union members appear in the location as tags such as `float` or `literal['auto']`: not for the reader.
-        location = ".".join(str(part) for part in item["loc"] if _is_field_name(part))
-        if item["type"] == "extra_forbidden":
-            *parents, leaf = location.split(".")
+        parents = [str(part) for part in item["loc"][:-1] if _is_field_name(part)]
+        leaf = str(item["loc"][-1]) if item["loc"] else ""
+        is_unknown_key = item["type"] == "extra_forbidden"
+        location = ".".join([*parents, leaf] if is_unknown_key or _is_field_name(leaf) or leaf.isdigit() else parents)
+        if is_unknown_key:
             sections: dict[str, type[BaseModel]] = {"split": SplitConfig, "dataset": DatasetFiles}
             model = sections.get(parents[0]) if parents else None
             close = difflib.get_close_matches(leaf, list(model.model_fields) if model else [], n=1)
