@@ -1,0 +1,103 @@
+"""The device to plan for: a card of the catalogue, the local GPU, or the CPU."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+from laras.planning.catalogue import NATIVE_BF16_SINCE, find_gpu, match_device_name
+from laras.records import HardwareSpec
+
+# Rates of a CPU differ by an order of magnitude; these are a modest core's (AVX2, 8 lanes, 2 FMA, ~2 GHz at 15%).
+_CPU_FLOPS_PER_CORE = 1e10
+_CPU_BANDWIDTH_BYTES_PER_S = 20e9
+# For a local GPU that the catalogue lacks: fp32 rate of one multiprocessor, 128 lanes x 2 operations x 1.5 GHz.
+_UNKNOWN_SM_FLOPS = 3.8e11
+_UNKNOWN_BANDWIDTH_BYTES_PER_S = 300e9
+
+
+def load_hardware(gpu: str | None = None) -> HardwareSpec:
+    """The device to plan for.
+
+    Args:
+        gpu: A name of the catalogue; None for the local GPU, or the CPU where there is none.
+
+    Raises:
+        ConfigError: When the catalogue has no such GPU.
+    """
+    if gpu is not None:
+        return find_gpu(gpu).to_hardware()
+    return _local_gpu() or cpu_hardware()
+
+
+def cpu_hardware() -> HardwareSpec:
+    """The CPU: its memory now used by others (programs and this one) is subtracted; rates are rough."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    rate = cores * _CPU_FLOPS_PER_CORE
+    return HardwareSpec(
+        kind="cpu",
+        gpu_name="CPU",
+        count=1,
+        total_bytes=int(memory.total),
+        other_processes_bytes=int(memory.total - memory.available),
+        compute_capability=None,
+        native_bf16=False,
+        bandwidth_bytes_per_s=_CPU_BANDWIDTH_BYTES_PER_S,
+        peak_flops={"bf16": rate, "fp16": rate, "fp32": rate},
+        source="local",
+    )
+
+
+def _local_gpu() -> HardwareSpec | None:
+    """The first visible CUDA device as torch sees it; None without one."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    properties = torch.cuda.get_device_properties(0)
+    capability = (int(properties.major), int(properties.minor))
+    native_bf16 = capability >= NATIVE_BF16_SINCE
+    known = match_device_name(properties.name)
+    if known is not None:
+        figures = known.to_hardware()
+        rates, bandwidth = figures.peak_flops, figures.bandwidth_bytes_per_s
+    else:
+        single = properties.multi_processor_count * _UNKNOWN_SM_FLOPS
+        half = 2 * single if capability >= (7, 0) else single
+        rates = {"bf16": half if native_bf16 else single, "fp16": half, "fp32": single}
+        bandwidth = _UNKNOWN_BANDWIDTH_BYTES_PER_S
+    return HardwareSpec(
+        kind="cuda",
+        gpu_name=properties.name,
+        count=torch.cuda.device_count(),
+        total_bytes=int(properties.total_memory),
+        other_processes_bytes=_other_processes_bytes(str(properties.uuid)),
+        compute_capability=capability,
+        native_bf16=native_bf16,
+        bandwidth_bytes_per_s=bandwidth,
+        peak_flops=rates,
+        source="local",
+    )
+
+
+def _other_processes_bytes(uuid: str) -> int:
+    """Bytes that other processes hold on the card, by NVML; 0 where NVML cannot say.
+
+    Asked by UUID, since CUDA_VISIBLE_DEVICES renumbers the devices for torch and not for NVML.
+    """
+    import os
+
+    nvml: Any = import_module("pynvml")
+    with suppress(nvml.NVMLError):
+        nvml.nvmlInit()
+        try:
+            handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            return sum(int(process.usedGpuMemory or 0) for process in running if process.pid != os.getpid())
+        finally:
+            nvml.nvmlShutdown()
+    return 0

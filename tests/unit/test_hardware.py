@@ -1,0 +1,68 @@
+"""Every card of the catalogue can be found, and the local device is what it is."""
+
+import psutil
+import pytest
+
+from laras.errors import ConfigError
+from laras.planning.catalogue import CATALOGUE, find_gpu, match_device_name
+from laras.planning.hardware import cpu_hardware, load_hardware
+
+
+def test_the_catalogue_holds_at_least_25_distinct_cards():
+    assert len({gpu.name for gpu in CATALOGUE}) == len(CATALOGUE) >= 25
+
+
+@pytest.mark.parametrize("gpu", CATALOGUE, ids=lambda gpu: gpu.name)
+def test_every_card_is_complete_and_found_by_its_name(gpu):
+    assert find_gpu(gpu.name) is gpu
+    spec = load_hardware(f"NVIDIA {gpu.name.lower().replace(' ', '-')}")
+    assert spec.gpu_name == gpu.name
+    assert spec.source.startswith("NVIDIA ")
+    assert 0.9 * gpu.memory_gib < spec.total_bytes / 2**30 < gpu.memory_gib
+    assert spec.peak_flops["fp16"] >= 1.9 * spec.peak_flops["fp32"]
+    assert spec.native_bf16 == (spec.peak_flops["bf16"] == spec.peak_flops["fp16"])
+
+
+def test_native_bf16_begins_with_compute_capability_8():
+    assert [find_gpu(name).native_bf16 for name in ("p100", "v100", "t4", "a100", "l4")] == [False] * 3 + [True] * 2
+
+
+def test_a_name_without_memory_means_the_smaller_card():
+    assert find_gpu("a100").name == "A100 40GB"
+    assert find_gpu("NVIDIA V100").name == "V100 16GB"
+
+
+def test_an_unknown_card_names_those_like_it():
+    with pytest.raises(ConfigError, match=r"did you mean.*RTX 4090") as caught:
+        find_gpu("rtx 4099")
+    assert "H200" in str(caught.value)
+    with pytest.raises(ConfigError, match="no GPU"):
+        find_gpu("")
+
+
+def test_a_driver_name_finds_its_card():
+    for name, card in {
+        "NVIDIA H100 80GB HBM3": "H100",
+        "NVIDIA H100 PCIe": "H100 PCIe",
+        "NVIDIA GeForce RTX 3090 Ti": "RTX 3090 Ti",
+        "Tesla T4": "T4",
+        "NVIDIA A100-SXM4-80GB": "A100 80GB",
+        "NVIDIA RTX A4000": "RTX A4000",
+    }.items():
+        assert match_device_name(name).name == card
+    assert match_device_name("Radeon") is None
+
+
+def test_the_cpu_leaves_out_memory_that_is_taken():
+    spec = cpu_hardware()
+    assert spec.total_bytes == psutil.virtual_memory().total
+    assert 0 < spec.other_processes_bytes < spec.total_bytes
+    assert spec.compute_capability is None
+
+
+def test_the_local_device_is_used_when_none_is_named():
+    import torch
+
+    spec = load_hardware()
+    assert spec.kind == ("cuda" if torch.cuda.is_available() else "cpu")
+    assert spec.source == "local"
