@@ -1,0 +1,119 @@
+"""Which characters of a rendered example, and which of its tokens, carry loss.
+
+Spans are half-open character ranges of the rendered text. They are found in the text and not in the token ids,
+because padding, end-of-text and end-of-turn may be one and the same token.
+"""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+IGNORED_LABEL = -100  # Source: torch.nn.CrossEntropyLoss, default of `ignore_index`
+
+Message = Mapping[str, str]
+Span = tuple[int, int]
+RenderPrefix = Callable[[Sequence[Message]], str]
+
+
+class UnverifiedSpanError(Exception):
+    """The assistant's part of a rendering cannot be told from the rest; the text says why."""
+
+
+class SpecialTokens:
+    """The special tokens of a tokenizer, as they stand in rendered text.
+
+    Args:
+        tokens: Their text; empty strings are left out.
+    """
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        # The longest first: one token may be the beginning of another.
+        by_length = sorted({token for token in tokens if token}, key=len, reverse=True)
+        # A pattern that never matches stands for an empty set.
+        self.pattern = "|".join(map(re.escape, by_length)) or r"(?!)"
+        self._at = re.compile(self.pattern)
+        self._last = re.compile(rf"(?:{self.pattern})(?=\s*\Z)")
+
+    def end_after(self, content: str, text: str, start: int) -> int | None:
+        """End of the special token that closes `content`, which is looked for from `start` on; None without one.
+
+        Only whitespace may stand between the two, and the content's own outer whitespace does not count: many
+        templates trim it.
+        """
+        closing = re.compile(rf"{re.escape(content.strip())}\s*(?:{self.pattern})")
+        found = closing.search(text, start)
+        return found.end() if found else None
+
+    def close(self, text: str, span: Span) -> Span:
+        """The span up to its end-of-turn token: whitespace after it is cut, a token that follows directly is added."""
+        start, end = span
+        if last := self._last.search(text[start:end]):
+            return start, start + last.end()
+        if following := self._at.match(text, end):
+            return start, following.end()
+        return span
+
+
+def marked_spans(text: str, marks: Sequence[Span], special: SpecialTokens) -> list[Span]:
+    """Spans that a template marks with `{% generation %}`, each with its end-of-turn token.
+
+    Raises:
+        UnverifiedSpanError: When the template marked nothing.
+    """
+    if not marks:
+        raise UnverifiedSpanError("the chat template's {% generation %} block marks nothing in this conversation")
+    return [special.close(text, mark) for mark in marks]
+
+
+def derived_spans(
+    text: str, messages: Sequence[Message], render_prefix: RenderPrefix, special: SpecialTokens
+) -> list[Span]:
+    """Spans of the assistant's turns for a template without markers, each checked against the rendering.
+
+    A turn begins where the rendering of the messages before it, generation prompt included, ends: what the model is
+    given when it answers. It ends with the special token that closes its content.
+
+    Args:
+        text: The rendering of all messages.
+        messages: The conversation.
+        render_prefix: Renders the first messages of a conversation with the generation prompt.
+        special: The tokenizer's special tokens.
+
+    Raises:
+        UnverifiedSpanError: When a turn's prompt is not a prefix of the rendering, its content is not in the
+            rendering, or no special token closes it.
+    """
+    spans: list[Span] = []
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = render_prefix(messages[:index])
+        if not text.startswith(prompt) or (spans and len(prompt) < spans[-1][1]):
+            raise UnverifiedSpanError(f"message {index + 1}: the chat template renders the messages before it anew")
+        end = special.end_after(message["content"], text, len(prompt))
+        if end is None:
+            raise UnverifiedSpanError(
+                f"message {index + 1}: the rendering does not hold the answer and an end-of-turn special token after it"
+            )
+        spans.append((len(prompt), end))
+    return spans
+
+
+def label_tokens(input_ids: Sequence[int], offsets: Sequence[Span], spans: Iterable[Span]) -> list[int]:
+    """Labels: the id of each token with a character inside a span, `IGNORED_LABEL` for the others.
+
+    Args:
+        input_ids: Token ids, shape (T,).
+        offsets: Character range of each token, shape (T, 2), ascending. Tokens that are bytes of one character
+            share its range.
+        spans: Character ranges that carry loss.
+    """
+    starts = [start for start, _ in offsets]
+    ends = [end for _, end in offsets]
+    labels = [IGNORED_LABEL] * len(input_ids)
+    for start, end in spans:
+        first, stop = bisect_right(ends, start), bisect_left(starts, end)
+        labels[first:stop] = input_ids[first:stop]
+    return labels

@@ -1,0 +1,241 @@
+"""From validated examples to token ids and labels.
+
+The text that the model sees is rendered first, then tokenised in one batch, and the characters that carry loss are
+turned into tokens last: see `laras.data.masks`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from laras.data.masks import (
+    IGNORED_LABEL,
+    Message,
+    Span,
+    SpecialTokens,
+    UnverifiedSpanError,
+    derived_spans,
+    label_tokens,
+    marked_spans,
+)
+from laras.errors import DataError
+from laras.records import Format
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MaskSource = Literal["generation-markers", "derived", "boundary", "all-tokens"]
+
+_GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TEMPLATE_HINT = "name a Jinja file that does with `chat_template: file.jinja`"
+_QUESTION = {"role": "user", "content": "First question?"}
+_ANSWER = {"role": "assistant", "content": "First answer."}
+# The template has to pass one. The second is for templates that know single turns only.
+_PROBES: tuple[list[Message], ...] = (
+    [
+        _QUESTION,
+        _ANSWER,
+        {"role": "user", "content": "Second question?"},
+        {"role": "assistant", "content": "Second answer."},
+    ],
+    [_QUESTION, _ANSWER],
+)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as the model sees it.
+
+    Attributes:
+        input_ids: Token ids, shape (T,).
+        labels: The id where the token carries loss, -100 elsewhere; shape (T,), not shifted.
+        text: What `input_ids` stand for, special tokens included.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
+class RenderProblem:
+    """One example that cannot be rendered, or whose loss cannot be placed."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A rendered example before tokenisation. `spans` is None where every token carries loss."""
+
+    text: str
+    spans: list[Span] | None
+
+
+class Renderer:
+    """Renders and tokenises examples of one format. Made by `build_renderer`.
+
+    Attributes:
+        mask_source: What tells the tokens that carry loss, as `DatasetProfile` records it.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_source: MaskSource, chat_template: str | None) -> None:
+        self.mask_source: MaskSource = mask_source
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+        self._special = SpecialTokens(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
+        self._bos = _bos_of(tokenizer)
+        self._eos = str(tokenizer.eos_token or "")
+
+    def encode(self, examples: Sequence[Mapping[str, Any]]) -> list[Encoded | RenderProblem]:
+        """Renders and tokenises a batch; the results stand in the order of the examples."""
+        results: list[_Draft | RenderProblem] = [self._draft(example) for example in examples]
+        drafts = [result for result in results if isinstance(result, _Draft)]
+        encoded = iter(self._tokenise(drafts))
+        return [next(encoded) if isinstance(result, _Draft) else result for result in results]
+
+    def _draft(self, example: Mapping[str, Any]) -> _Draft | RenderProblem:
+        if "messages" in example:
+            return self._draft_chat(example["messages"])
+        if "text" in example:
+            return _Draft(self._with_eos(example["text"]), None)
+        prompt = example["prompt"]
+        text = prompt + self._with_eos(example["completion"])
+        return _Draft(text, None if self.mask_source == "all-tokens" else [(len(prompt), len(text))])
+
+    def _draft_chat(self, messages: Sequence[Message]) -> _Draft | RenderProblem:
+        from jinja2 import TemplateError
+
+        if self.mask_source != "all-tokens" and all(message["role"] != "assistant" for message in messages):
+            return RenderProblem("the conversation has no assistant turn to learn from")
+        try:
+            text, marks = self._render(messages)
+            if self.mask_source == "generation-markers":
+                return _Draft(text, marked_spans(text, marks, self._special))
+            if self.mask_source == "derived":
+                return _Draft(text, derived_spans(text, messages, self._render_prompt, self._special))
+            return _Draft(text, None)
+        except UnverifiedSpanError as error:
+            return RenderProblem(str(error))
+        # A template is a program: besides raising on purpose it may add None to text, or ask for a missing key.
+        except (TemplateError, TypeError) as error:
+            return RenderProblem(f"the chat template refuses the conversation: {error}")
+
+    def _render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> tuple[str, list[Span]]:
+        """The text, and the ranges that the template marks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        marked = self.mask_source == "generation-markers"
+        special_tokens: dict[str, Any] = dict(self._tokenizer.special_tokens_map)
+        # Declared to return a string; returns the texts and the marks of all conversations.
+        rendered: Any = render_jinja_template(
+            [[dict(message) for message in messages]],
+            chat_template=self._chat_template,
+            return_assistant_tokens_mask=marked,
+            add_generation_prompt=generation_prompt,
+            **special_tokens,
+        )
+        texts, marks = rendered
+        return texts[0], marks[0] if marked else []
+
+    def _render_prompt(self, messages: Sequence[Message]) -> str:
+        return self._render(messages, generation_prompt=True)[0]
+
+    def _with_eos(self, text: str) -> str:
+        return text if self._eos and text.endswith(self._eos) else text + self._eos
+
+    def _tokenise(self, drafts: Sequence[_Draft]) -> list[Encoded | RenderProblem]:
+        if not drafts:
+            return []
+        batch = self._tokenizer(
+            [draft.text for draft in drafts],
+            add_special_tokens=False,
+            padding=False,
+            truncation=False,
+            return_attention_mask=False,
+            return_offsets_mapping=True,
+            verbose=False,
+        )
+        return [
+            self._label(draft, input_ids, offsets)
+            for draft, input_ids, offsets in zip(drafts, batch["input_ids"], batch["offset_mapping"], strict=True)
+        ]
+
+    def _label(self, draft: _Draft, input_ids: list[int], offsets: list[Span]) -> Encoded | RenderProblem:
+        labels = list(input_ids) if draft.spans is None else label_tokens(input_ids, offsets, draft.spans)
+        if all(label == IGNORED_LABEL for label in labels):
+            return RenderProblem("no token of the example carries loss")
+        # Chat templates write their own first token.
+        if self._chat_template is None and self._bos and input_ids[0] != self._bos[0]:
+            # The id, not the text: some tokenizers treat the first word differently after a written token.
+            bos_id, bos_text = self._bos
+            first_label = bos_id if draft.spans is None else IGNORED_LABEL
+            return Encoded([bos_id, *input_ids], [first_label, *labels], bos_text + draft.text)
+        return Encoded(input_ids, labels, draft.text)
+
+
+def build_renderer(
+    tokenizer: PreTrainedTokenizerBase,
+    format: Format,
+    completion_only_loss: bool,
+    chat_template: str | None = None,
+) -> Renderer:
+    """A renderer for the examples of one dataset.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        format: The dataset's format. Examples reach the renderer as `messages` for the chat formats, as
+            `prompt` and `completion`, or as `text`.
+        completion_only_loss: Loss on assistant turns and completions only; False puts it on every token.
+        chat_template: Jinja source that replaces the tokenizer's template; None keeps it.
+
+    Raises:
+        DataError: When the tokenizer gives no character offsets, chat data meets no chat template, or the template
+            does not tell the assistant's turns from the rest.
+    """
+    if not tokenizer.is_fast:
+        raise DataError(
+            f"{type(tokenizer).__name__} is a slow tokenizer, which gives no character offsets",
+            hint="use a model whose repository has a tokenizer.json",
+        )
+    if format not in ("messages", "sharegpt"):
+        boundary = completion_only_loss and format != "text"
+        return Renderer(tokenizer, "boundary" if boundary else "all-tokens", None)
+    if chat_template is None and not tokenizer.chat_template:
+        raise DataError(
+            f"the data are conversations and the tokenizer {tokenizer.name_or_path or ''} has no chat template",
+            hint="name a Jinja file with `chat_template: file.jinja`, or use the template of the model's chat version",
+        )
+    template = chat_template if chat_template is not None else tokenizer.get_chat_template()
+    renderer = Renderer(tokenizer, _chat_mask_source(template, completion_only_loss), template)
+    _verify_template(renderer)
+    return renderer
+
+
+def _chat_mask_source(template: str, completion_only_loss: bool) -> MaskSource:
+    if not completion_only_loss:
+        return "all-tokens"
+    return "generation-markers" if _GENERATION_BLOCK.search(template) else "derived"
+
+
+def _verify_template(renderer: Renderer) -> None:
+    results = renderer.encode([{"messages": probe} for probe in _PROBES])
+    reasons = [result.reason for result in results if isinstance(result, RenderProblem)]
+    if len(reasons) == len(results):
+        raise DataError(
+            "the chat template does not show which tokens are the assistant's",
+            problems=list(dict.fromkeys(reasons)),
+            hint="close each turn with a special token or mark the assistant's text with {% generation %}: "
+            + _TEMPLATE_HINT,
+        )
+
+
+def _bos_of(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str] | None:
+    """Id and text of the token that the tokenizer itself puts in front of plain text; None where it puts none."""
+    bos_id = tokenizer.bos_token_id
+    if bos_id is None or tokenizer("a")["input_ids"][:1] != [bos_id]:
+        return None
+    return bos_id, str(tokenizer.bos_token)
