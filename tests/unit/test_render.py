@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from laras.data.masks import SpecialTokens, label_tokens
 from laras.data.render import Encoded, RenderProblem, build_renderer
@@ -191,6 +191,29 @@ def test_conversation_that_cannot_be_verified_is_a_problem():
     assert "message 2" in bad.reason
 
 
+def test_answer_that_only_a_later_question_repeats_is_a_problem():
+    source = template("chatml").replace(
+        "+ message['content']",
+        "+ (message['content'] | upper if loop.index == 2 and messages[0].content == 'loud' else message['content'])",
+    )
+    renderer = build_renderer(TOKENIZER, "messages", True, source)
+    (problem,) = renderer.encode([chat("loud", "x", "x")])
+    assert isinstance(problem, RenderProblem)
+
+
+def test_answer_that_only_the_next_turn_closes_is_a_problem():
+    # Every turn but the probe's is closed by the opening token of the next one.
+    source = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}"
+        "{{ '<|end|>' if messages[0].content.endswith('?') }}{% endfor %}{{ '<|assistant|>' if add_generation_prompt }}"
+    )
+    renderer = build_renderer(TOKENIZER, "messages", True, source)
+    good, bad = renderer.encode([chat("q?", "a", "r"), chat("q", "a", "r")])
+    assert isinstance(good, Encoded)
+    assert learned(good) == "a<|end|>"
+    assert isinstance(bad, RenderProblem)
+
+
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
@@ -255,6 +278,48 @@ def test_mask_source_says_where_the_spans_come_from(name, source):
     assert build_renderer(TOKENIZER, "messages", True, template(name)).mask_source == source
     assert build_renderer(TOKENIZER, "messages", False, template(name)).mask_source == "all-tokens"
     assert build_renderer(TOKENIZER, "prompt-completion", True).mask_source == "boundary"
+
+
+def with_bos() -> PreTrainedTokenizerFast:
+    tokenizer = make_tokenizer()
+    bos_id = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos_id)]
+    )
+    return tokenizer
+
+
+def test_first_token_that_the_tokenizer_adds_stands_before_texts_and_prompts_once():
+    tokenizer = with_bos()
+    text, written = build_renderer(tokenizer, "text", True).encode([{"text": "once"}, {"text": "<s>once"}])
+    assert text == written
+    assert text.text == "<s>once</s>" == tokenizer.decode(text.input_ids)
+    assert text.labels == text.input_ids == tokenizer("once</s>")["input_ids"]
+    (pair,) = build_renderer(tokenizer, "prompt-completion", True).encode([{"prompt": "q:", "completion": "a"}])
+    assert pair.text == "<s>q:a</s>" == tokenizer.decode(pair.input_ids)
+    assert learned(pair, tokenizer) == "a</s>"
+
+
+def test_first_token_of_a_conversation_is_left_to_the_template():
+    tokenizer = with_bos()
+    for name, count in (("llama3", 1), ("chatml", 0)):
+        (encoded,) = build_renderer(tokenizer, "messages", True, template(name)).encode([chat("q", "a")])
+        assert encoded.input_ids.count(tokenizer.bos_token_id) == count
+
+
+def test_empty_example_without_an_end_token_is_a_problem():
+    tokenizer = make_tokenizer()
+    tokenizer.eos_token = None
+    empty, full = build_renderer(tokenizer, "prompt-completion", True).encode(
+        [{"prompt": "q", "completion": ""}, {"prompt": "q:", "completion": "a"}]
+    )
+    assert empty == RenderProblem("no token of the example carries loss")
+    assert learned(full, tokenizer) == "a"
+
+
+def test_slow_tokenizer_is_refused_with_a_hint():
+    with pytest.raises(DataError, match="slow tokenizer"):
+        build_renderer(ByT5Tokenizer(), "text", True)
 
 
 def test_no_example_gives_no_result():

@@ -14,7 +14,7 @@ IGNORED_LABEL = -100  # Source: torch.nn.CrossEntropyLoss, default of `ignore_in
 
 Message = Mapping[str, str]
 Span = tuple[int, int]
-RenderPrefix = Callable[[Sequence[Message]], str]
+Render = Callable[[Sequence[Message], bool], str]  # the messages, and whether a generation prompt follows them
 
 
 class UnverifiedSpanError(Exception):
@@ -67,9 +67,7 @@ def marked_spans(text: str, marks: Sequence[Span], special: SpecialTokens) -> li
     return [special.close(text, mark) for mark in marks]
 
 
-def derived_spans(
-    text: str, messages: Sequence[Message], render_prefix: RenderPrefix, special: SpecialTokens
-) -> list[Span]:
+def derived_spans(text: str, messages: Sequence[Message], render: Render, special: SpecialTokens) -> list[Span]:
     """Spans of the assistant's turns for a template without markers, each checked against the rendering.
 
     A turn begins where the rendering of the messages before it, generation prompt included, ends: what the model is
@@ -78,7 +76,7 @@ def derived_spans(
     Args:
         text: The rendering of all messages.
         messages: The conversation.
-        render_prefix: Renders the first messages of a conversation with the generation prompt.
+        render: Renders the first messages of a conversation, with the generation prompt or without.
         special: The tokenizer's special tokens.
 
     Raises:
@@ -89,11 +87,13 @@ def derived_spans(
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = render_prefix(messages[:index])
+        prompt = render(messages[:index], True)
         if not text.startswith(prompt) or (spans and len(prompt) < spans[-1][1]):
             raise UnverifiedSpanError(f"message {index + 1}: the chat template renders the messages before it anew")
         end = special.end_after(message["content"], text, len(prompt))
-        if end is None:
+        # Cut after the answer, the rendering has to hold it still: otherwise a later turn repeats or closes it.
+        until = text if index + 1 == len(messages) else render(messages[: index + 1], False)
+        if end is None or special.end_after(message["content"], until, len(prompt)) is None:
             raise UnverifiedSpanError(
                 f"message {index + 1}: the rendering does not hold the answer and an end-of-turn special token after it"
             )

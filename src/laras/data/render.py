@@ -116,7 +116,7 @@ class Renderer:
             if self.mask_source == "generation-markers":
                 return _Draft(text, marked_spans(text, marks, self._special))
             if self.mask_source == "derived":
-                return _Draft(text, derived_spans(text, messages, self._render_prompt, self._special))
+                return _Draft(text, derived_spans(text, messages, self._render_part, self._special))
             return _Draft(text, None)
         except UnverifiedSpanError as error:
             return RenderProblem(str(error))
@@ -141,8 +141,8 @@ class Renderer:
         texts, marks = rendered
         return texts[0], marks[0] if marked else []
 
-    def _render_prompt(self, messages: Sequence[Message]) -> str:
-        return self._render(messages, generation_prompt=True)[0]
+    def _render_part(self, messages: Sequence[Message], generation_prompt: bool) -> str:
+        return self._render(messages, generation_prompt=generation_prompt)[0]
 
     def _with_eos(self, text: str) -> str:
         return text if self._eos and text.endswith(self._eos) else text + self._eos
