@@ -1,0 +1,108 @@
+"""Low-rank adapters: which layers get them, and attaching them the same way every time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from laras.errors import ConfigError
+
+
+def linear_module_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Last parts of the names of all linear layers except the output head, sorted; quantised layers count.
+
+    Works on meta tensors too. Names that the head shares with other layers are given in full for those.
+    """
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    linear = {
+        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    }
+    # A classifier or router inside the decoder may carry the head's own name.
+    head_names = {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
+    return tuple(sorted({name if (last := name.rpartition(".")[2]) in head_names else last for name in linear}))
+
+
+def resolve_target_modules(model: PreTrainedModel, requested: str | Sequence[str]) -> tuple[str, ...]:
+    """The layers that get adapters: all linear ones for `auto` and `all-linear`, or the requested names.
+
+    Raises:
+        ConfigError: With every requested name that no linear layer of the model has.
+    """
+    available = linear_module_names(model)
+    if isinstance(requested, str) and requested in ("auto", "all-linear"):
+        return available
+    names = (requested,) if isinstance(requested, str) else tuple(requested)
+    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    absent = [name for name in names if not any(full == name or full.endswith(f".{name}") for full in linear)]
+    if absent:
+        raise ConfigError(
+            f"lora_target_modules {', '.join(absent)} not found in the model",
+            hint=f"its linear layers are: {', '.join(available)}",
+        )
+    return names
+
+
+def attach_lora(
+    model: PreTrainedModel,
+    *,
+    target_modules: Sequence[str],
+    r: int,
+    alpha: float,
+    dropout: float = 0.0,
+    use_rslora: bool = False,
+    use_dora: bool = False,
+    seed: int,
+) -> Any:
+    """Freezes the model and adds trainable adapters in float32 to the target layers.
+
+    The adapters depend on the seed alone, and the global random state is left as it was.
+
+    Args:
+        model: The base model, quantised or not; changed in place.
+        target_modules: As `resolve_target_modules` gives them.
+        r: Rank.
+        alpha: The update is scaled by alpha / r, with rsLoRA by alpha / sqrt(r).
+        dropout: Of the adapters' input, in [0, 1).
+        use_rslora: Rank-stabilised scaling.
+        use_dora: Weight-decomposed adapters.
+        seed: Of the initialisation.
+
+    Returns:
+        The `peft.PeftModel`; before the first step it computes what the base model computes.
+
+    Source: Hu et al., arXiv:2106.09685; Kalajdzievski (rsLoRA), arXiv:2312.03732; Liu et al. (DoRA), arXiv:2402.09353.
+    """
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(target_modules),
+        use_rslora=use_rslora,
+        use_dora=use_dora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config)
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable and total parameters; a packed 4-bit weight counts as the parameters that it stands for."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = _unpacked_count(parameter)
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def _unpacked_count(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)  # bitsandbytes keeps the shape before packing here
+    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
