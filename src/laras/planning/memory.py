@@ -1,0 +1,232 @@
+"""Peak memory of a training step and of an evaluation batch, in closed form.
+
+The model is transformers' eager decoder with fused attention under PEFT. Per token and layer, backward keeps the norms'
+copies and outputs, query, key, value and attention output, the MLP's products, and the LoRA bottlenecks; the peak is
+either at the loss, where three fp32 tensors of the logits' size live, or in the backward of the last layer.
+
+Source: derived from the operations; checked against 45 cases measured on an H100 (torch 2.11, transformers 5.17), Qwen2
+and Llama shapes: `max_memory_allocated` within 1.6%, 0.3% on average. Evaluation, full fine-tuning, int8 and 8-bit
+optimizers follow from the same terms and are not yet measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from laras.planning.architecture import family_of
+from laras.records import HardwareSpec, LossKind, MemoryEstimate, ModelSpec, Optim, Precision
+
+Weights = Literal["bf16", "fp16", "fp32", "nf4", "int8"]
+Adapters = Literal["compute", "fp32", "fp32-autocast"]
+_MIB = 2**20
+_ELEMENT_BYTES: dict[str, int] = {"bf16": 2, "fp16": 2, "fp32": 4}
+# NF4 with double quantisation: half a byte, an 8-bit scale per 64 weights, an fp32 scale per 256 of those.
+_NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# Two 8-bit states with an fp32 scale per block of 256 each.
+_STATES_8BIT_BYTES = 2 * (1 + 4 / 256)
+# cuBLAS workspaces on Hopper and on other cards, as torch reserves them.
+_WORKSPACE_SM90_BYTES, _WORKSPACE_BYTES = 64 * _MIB, int(16.25 * _MIB)
+CONTEXT_BYTES = 770 * _MIB
+# With a capacity cap the allocator fits a step into this multiple of what is allocated; measured.
+_ALLOCATOR_SLACK = 1.03
+
+
+@dataclass(frozen=True)
+class MemoryCase:
+    """What decides a step's memory, besides the architecture.
+
+    Attributes:
+        micro_batch: Rows in a forward pass.
+        length_tokens: Tokens in a row, padding included.
+        eval_batch: Rows in an evaluation batch.
+        checkpointing: Layers recompute their activations in backward.
+        full: All weights train instead of adapters.
+        weights: How the base weights are stored.
+        precision: What the layers compute in.
+        adapters: Type of the adapters: that of the computation, or fp32 without or under autocast.
+        optim: Optimizer.
+        loss_kind: Logits whole, or in chunks.
+        lora_r: Rank of the adapters.
+        target_modules: Names of the linear layers that get adapters; empty means all.
+        keeps_gradients: Gradients of earlier micro-batches are held (accumulation above one).
+    """
+
+    micro_batch: int
+    length_tokens: int
+    eval_batch: int = 1
+    checkpointing: bool = True
+    full: bool = False
+    weights: Weights = "bf16"
+    precision: Precision = "bf16"
+    adapters: Adapters = "fp32-autocast"
+    optim: Optim = "adamw_torch_fused"
+    loss_kind: LossKind = "full"
+    lora_r: int = 16
+    target_modules: tuple[str, ...] = ()
+    keeps_gradients: bool = False
+
+
+def linear_layers(spec: ModelSpec) -> tuple[tuple[str, int, int], ...]:
+    """Name, inputs and outputs of each linear layer of one decoder layer that can carry an adapter.
+
+    Experts are stored as fused parameters, not as linear layers, so a mixture of experts has its attention only.
+    """
+    hidden, width = spec.hidden_size, spec.intermediate_size
+    query, key_value = spec.attention_heads * spec.head_dim, spec.key_value_heads * spec.head_dim
+    fused_qkv = query + 2 * key_value
+    separate = (("q_proj", hidden, query), ("k_proj", hidden, key_value), ("v_proj", hidden, key_value))
+    if spec.model_type == "gpt_neox":
+        attention = (("query_key_value", hidden, fused_qkv), ("dense", query, hidden))
+        mlp = (("dense_h_to_4h", hidden, width), ("dense_4h_to_h", width, hidden))
+    elif spec.model_type == "gpt2":
+        attention = (("c_attn", hidden, fused_qkv), ("c_proj", query, hidden))
+        mlp = (("c_fc", hidden, width), ("c_proj", width, hidden))
+    elif spec.model_type == "phi3":
+        attention = (("qkv_proj", hidden, fused_qkv), ("o_proj", query, hidden))
+        mlp = (("gate_up_proj", hidden, 2 * width), ("down_proj", width, hidden))
+    elif spec.model_type == "phi":
+        return (*separate, ("dense", query, hidden), ("fc1", hidden, width), ("fc2", width, hidden))
+    elif spec.model_type == "starcoder2":
+        return (*separate, ("o_proj", query, hidden), ("c_fc", hidden, width), ("c_proj", width, hidden))
+    else:
+        decoder = (*separate, ("o_proj", query, hidden))
+        gated = (("gate_proj", hidden, width), ("up_proj", hidden, width), ("down_proj", width, hidden))
+        return decoder if spec.experts else (*decoder, *gated)
+    return (*attention, *mlp)
+
+
+def adapted_layers(spec: ModelSpec, target_modules: Sequence[str]) -> tuple[tuple[str, int, int], ...]:
+    """Those of `linear_layers` that the targets name; empty or `all-linear` means all."""
+    layers = linear_layers(spec)
+    if not target_modules or tuple(target_modules) == ("all-linear",):
+        return layers
+    return tuple(layer for layer in layers if layer[0] in target_modules)
+
+
+def lora_parameters(spec: ModelSpec, rank: int, target_modules: Sequence[str] = ()) -> int:
+    """Parameters of LoRA adapters of that rank."""
+    return spec.layers * rank * sum(inputs + outputs for _, inputs, outputs in adapted_layers(spec, target_modules))
+
+
+def estimate_memory(spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, budget_bytes: int) -> MemoryEstimate:
+    """Predicted peaks, in bytes.
+
+    The components add up to the allocated peak of training. `reserved` is what the allocator needs to hold it.
+    """
+    static = static_bytes(spec, case)
+    workspace = 0
+    if hardware.kind == "cuda":
+        workspace = _WORKSPACE_SM90_BYTES if hardware.compute_capability == (9, 0) else _WORKSPACE_BYTES
+    held = static["gradients"] if case.full or case.keeps_gradients else 0
+    kept, moment_bytes, moment = _training_peak(spec, case)
+    gradients = max(held, static["gradients"] - kept - moment_bytes)
+    components = {
+        **static,
+        "gradients": gradients,
+        "activations": kept,
+        moment: moment_bytes,
+        "workspace": workspace,
+    }
+    peak = sum(components.values())
+    eval_peak = sum(static.values()) - static["gradients"] + _evaluation_bytes(spec, case) + workspace
+    return MemoryEstimate(
+        train_peak_allocated_bytes=peak,
+        train_peak_reserved_bytes=int(peak * _ALLOCATOR_SLACK),
+        eval_peak_allocated_bytes=eval_peak,
+        device_budget_bytes=budget_bytes,
+        components=components,
+        peak_moment="loss" if moment == "logits" else "backward of the last layer",
+        method="closed-form",
+    )
+
+
+def static_bytes(spec: ModelSpec, case: MemoryCase) -> dict[str, int]:
+    """Bytes that live through a step: weights, adapters, optimizer states, and the gradients when all are there."""
+    element = _ELEMENT_BYTES[case.precision]
+    rest = spec.total_parameters - spec.linear_parameters
+    stored = {"nf4": _NF4_BYTES, "int8": 1.0}.get(case.weights)
+    if stored is None:
+        weights = _ELEMENT_BYTES[case.weights] * spec.total_parameters
+    else:
+        weights = int(stored * spec.linear_parameters) + element * rest
+    if case.full:
+        trained, adapters, size = spec.total_parameters, 0, weights / spec.total_parameters
+    else:
+        trained = lora_parameters(spec, case.lora_r, case.target_modules)
+        size = element if case.adapters == "compute" else 4
+        adapters = int(trained * size)
+    states = _STATES_8BIT_BYTES if case.optim.endswith("8bit") else 2 * size
+    return {
+        "weights": weights,
+        "adapters": adapters,
+        "optimizer": int(trained * states),
+        "gradients": int(trained * size),
+    }
+
+
+def layer_activation_bytes(spec: ModelSpec, case: MemoryCase) -> int:
+    """Bytes per token that one layer keeps for its backward."""
+    element, family = _ELEMENT_BYTES[case.precision], family_of(spec.model_type)
+    hidden, width = spec.hidden_size, spec.intermediate_size * max(1, spec.experts_per_token)
+    query, key_value = spec.attention_heads * spec.head_dim, spec.key_value_heads * spec.head_dim
+    norm_copies = family.norms * hidden * (element if family.norm_bias else 4)
+    attention = 4 * spec.attention_heads + element * (2 * query + 2 * key_value)
+    mlp = element * width * (3 if family.gated else 1)
+    layers = () if case.full else adapted_layers(spec, case.target_modules)
+    separate_copies = not case.full and case.adapters != "compute" and element == 2
+    if separate_copies:
+        # PEFT casts every adapter's input to fp32; autocast brings it back, and the copy is no longer shared.
+        copy_size = 4 if case.adapters == "fp32" else 2
+        inputs = copy_size * sum(size for _, size, _ in layers)
+    else:
+        inputs = element * (family.norms * hidden + width)
+    rank_size = 4 if case.adapters == "fp32" else element
+    return norm_copies + attention + mlp + inputs + len(layers) * case.lora_r * rank_size
+
+
+def _training_peak(spec: ModelSpec, case: MemoryCase) -> tuple[int, int, str]:
+    """Activations kept, and what comes on top at the peak, with the name of its component."""
+    tokens = case.micro_batch * case.length_tokens
+    element, hidden = _ELEMENT_BYTES[case.precision], spec.hidden_size
+    width = spec.intermediate_size * max(1, spec.experts_per_token)
+    layer = layer_activation_bytes(spec, case) * tokens
+    residual = element * hidden * tokens
+    cast_adapters = 0
+    if case.adapters == "fp32-autocast" and element == 2 and not case.full and not case.checkpointing:
+        cast_adapters = element * lora_parameters(spec, case.lora_r, case.target_modules)
+    kept = (spec.layers * residual if case.checkpointing else spec.layers * layer + residual) + cast_adapters
+    if case.loss_kind == "full":
+        logits = 4 * hidden * tokens + 12 * tokens * spec.vocab_size
+    else:
+        chunk = _chunk_tokens(tokens, spec)
+        logits = (4 + 2 * element) * hidden * tokens + element * chunk * (spec.vocab_size + hidden)
+    gradients = (8 if case.adapters == "fp32" and element == 2 else 2 * element) * width * tokens + residual
+    backward = gradients + _dequantised_bytes(spec, case)
+    # Without checkpointing the last layer's own activations are part of what is kept; the embedding's are freed later.
+    backward += layer if case.checkpointing else -residual
+    return (kept, logits, "logits") if logits > backward else (kept, backward, "layer_backward")
+
+
+def _evaluation_bytes(spec: ModelSpec, case: MemoryCase) -> int:
+    """Bytes of an evaluation batch: one layer's working set, then logits, their fp32 copy and log-probabilities."""
+    tokens = case.eval_batch * case.length_tokens
+    element = _ELEMENT_BYTES[case.precision]
+    copies = (0 if element == 4 else 4) + element + 4
+    head = (copies * spec.vocab_size + 2 * element * spec.hidden_size) * tokens
+    return max(head, layer_activation_bytes(spec, case) * tokens + _dequantised_bytes(spec, case))
+
+
+def _dequantised_bytes(spec: ModelSpec, case: MemoryCase) -> int:
+    """The largest quantised matrix, unpacked for one product, with its scales in fp32."""
+    if case.weights not in ("nf4", "int8"):
+        return 0
+    largest = max(inputs * outputs for _, inputs, outputs in linear_layers(spec))
+    return int(largest * (_ELEMENT_BYTES[case.precision] + 4 / 64))
+
+
+def _chunk_tokens(tokens: int, spec: ModelSpec) -> int:
+    """Tokens whose logits are computed at once: logits of about the size of the hidden states, a power of two."""
+    chunks = -(-spec.vocab_size // spec.hidden_size)
+    return int(1 << max(0, -(-tokens // chunks) - 1).bit_length())
