@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from laras.errors import ConfigError
 from laras.models import builtin
+from laras.models.loader import load_model, load_tokenizer
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec(builtin.PACKAGE) is None, reason=f"{builtin.PACKAGE} is not installed"
@@ -92,3 +93,32 @@ def test_an_interrupted_write_leaves_nothing_and_the_next_one_completes(cache, p
     assert [path.name for path in folder.iterdir()] == ["whole"]
     # What is there is used as it is.
     assert builtin._cached("model", write_half) == str(folder)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch, package_with_gguf):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(platformdirs, "user_cache_dir", lambda *_, **__: str(tmp_path / "file" / "cache"))
+    with pytest.raises(ConfigError, match="cannot be unpacked") as caught:
+        builtin.builtin_tokenizer_dir()
+    assert "XDG_CACHE_HOME" in str(caught.value)
+
+
+def test_what_another_process_wrote_meanwhile_is_kept(tmp_path):
+    folder = tmp_path / "model"
+    builtin._write_whole(folder, lambda aside: (aside / "first").touch())
+    builtin._write_whole(folder, lambda aside: (aside / "second").touch())
+    assert [path.name for path in folder.iterdir()] == ["first"]
+
+
+@pytest.mark.slow
+@needs_package
+def test_the_unpacked_model_knows_english(cache):
+    model = load_model("builtin:smollm2-135m", precision="fp32")
+    tokenizer = load_tokenizer("builtin:smollm2-135m")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    messages = [{"role": "user", "content": "What is the capital of France?"}]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True, return_tensors="pt")
+    answer_ids = model.generate(**prompt, max_new_tokens=20, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    assert "Paris" in tokenizer.decode(answer_ids)
+    assert answer_ids[-1] == tokenizer.eos_token_id
+    assert not list(cache.glob("*.part"))

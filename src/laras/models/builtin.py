@@ -74,16 +74,27 @@ def _cached(part: str, write: Callable[[Path, Path], None]) -> str:
     folder = cache / f"{gguf.stem}-{gguf.stat().st_size}-v{_LAYOUT}-{part}"
     if folder.is_dir():
         return str(folder)
-    cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not folder.is_dir():
-            aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=cache))
-            try:
-                write(gguf, aside)
-                aside.rename(folder)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+    try:
+        _write_whole(folder, lambda aside: write(gguf, aside))
+    except OSError as error:
+        raise ConfigError(
+            f"{BUILTIN_MODEL} cannot be unpacked into {cache}: {error}",
+            hint="free 600 MB there, or set XDG_CACHE_HOME to a folder that can be written",
+        ) from error
     return str(folder)
+
+
+def _write_whole(folder: Path, write: Callable[[Path], None]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if folder.is_dir():
+            return  # another process wrote it while this one waited
+        aside = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".part", dir=folder.parent))
+        try:
+            write(aside)
+            aside.rename(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _write_tokenizer(gguf: Path, folder: Path) -> None:
