@@ -191,6 +191,31 @@ def test_conversation_that_cannot_be_verified_is_a_problem():
     assert "message 2" in bad.reason
 
 
+def test_every_token_that_closes_an_answer_is_learned_and_none_of_the_next_turn():
+    source = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '<|end|></s>' }}{% endfor %}"
+        "{{ '<|assistant|>' if add_generation_prompt }}"
+    )
+    (encoded,) = build_renderer(TOKENIZER, "messages", True, source).encode([chat("q", "a", "r", "b")])
+    assert learned(encoded) == "a<|end|></s>b<|end|></s>"
+
+
+def test_prompt_that_opens_a_thought_does_not_hide_an_answer_without_one():
+    source = template("chatml").replace("assistant\\n'", "assistant\\n<think>\\n'")
+    renderer = build_renderer(TOKENIZER, "messages", True, source)
+    (encoded,) = renderer.encode([chat("q", "a", "r", "b")])
+    assert learned(encoded) == "a<|im_end|>b<|im_end|>"
+
+
+def test_thought_that_the_history_drops_is_a_problem_even_when_the_answer_recurs():
+    source = template("chatml").replace(
+        "+ message['content']", "+ (message['content'] if loop.last else message['content'].split('</think>')[-1])"
+    )
+    thought = "<think>r</think>a"
+    (problem,) = build_renderer(TOKENIZER, "messages", True, source).encode([chat("q", thought, "q", thought)])
+    assert isinstance(problem, RenderProblem)
+
+
 def test_answer_that_only_a_later_question_repeats_is_a_problem():
     source = template("chatml").replace(
         "+ message['content']",

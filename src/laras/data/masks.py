@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import takewhile
 
 IGNORED_LABEL = -100  # Source: torch.nn.CrossEntropyLoss, default of `ignore_index`
 
@@ -36,15 +37,14 @@ class SpecialTokens:
         self._at = re.compile(self.pattern)
         self._last = re.compile(rf"(?:{self.pattern})(?=\s*\Z)")
 
-    def end_after(self, content: str, text: str, start: int) -> int | None:
-        """End of the special token that closes `content`, which is looked for from `start` on; None without one.
+    def closing(self, content: str, text: str, start: int) -> tuple[int, list[str]] | None:
+        """Where `content`, looked for from `start` on, ends, and the special tokens that close it; None without any.
 
-        Only whitespace may stand between the two, and the content's own outer whitespace does not count: many
-        templates trim it.
+        The content's own outer whitespace does not count, since many templates trim it; the first token may stand
+        after whitespace, the others follow directly.
         """
-        closing = re.compile(rf"{re.escape(content.strip())}\s*(?:{self.pattern})")
-        found = closing.search(text, start)
-        return found.end() if found else None
+        found = re.search(rf"{re.escape(content.strip())}\s*((?:{self.pattern})+)", text[start:])
+        return (start + found.start(1), self._at.findall(found[1])) if found else None
 
     def close(self, text: str, span: Span) -> Span:
         """The span up to its end-of-turn token: whitespace after it is cut, a token that follows directly is added."""
@@ -87,18 +87,36 @@ def derived_spans(text: str, messages: Sequence[Message], render: Render, specia
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = render(messages[:index], True)
-        if not text.startswith(prompt) or (spans and len(prompt) < spans[-1][1]):
-            raise UnverifiedSpanError(f"message {index + 1}: the chat template renders the messages before it anew")
-        end = special.end_after(message["content"], text, len(prompt))
+        start = _answer_start(text, messages[:index], render)
+        if spans and start < spans[-1][1]:
+            raise UnverifiedSpanError(f"message {index + 1}: the answer before it is not told from what follows")
         # Cut after the answer, the rendering has to hold it still: otherwise a later turn repeats or closes it.
         until = text if index + 1 == len(messages) else render(messages[: index + 1], False)
-        if end is None or special.end_after(message["content"], until, len(prompt)) is None:
+        whole = special.closing(message["content"], text, start)
+        alone = special.closing(message["content"], until, start)
+        if whole is None or alone is None or whole[1][0] != alone[1][0]:
             raise UnverifiedSpanError(
                 f"message {index + 1}: the rendering does not hold the answer and an end-of-turn special token after it"
             )
-        spans.append((len(prompt), end))
+        # Tokens that follow only when another turn does are that turn's.
+        closing = takewhile(lambda pair: pair[0] == pair[1], zip(whole[1], alone[1], strict=False))
+        spans.append((start, whole[0] + sum(len(token) for token, _ in closing)))
     return spans
+
+
+def _answer_start(text: str, before: Sequence[Message], render: Render) -> int:
+    """Where the answer to the messages `before` begins: what follows the generation prompt as far as it is rendered.
+
+    A reasoning template's prompt may open a thought that the rendering of an answer without one leaves out.
+    """
+    prompt = render(before, True)
+    if text.startswith(prompt):
+        return len(prompt)
+    history = render(before, False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False)))
+    if not text.startswith(history) or shared <= len(history):
+        raise UnverifiedSpanError(f"message {len(before) + 1}: the chat template renders the messages before it anew")
+    return shared
 
 
 def label_tokens(input_ids: Sequence[int], offsets: Sequence[Span], spans: Iterable[Span]) -> list[int]:

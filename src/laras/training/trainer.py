@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState
+from transformers.trainer_callback import ExportableState, TrainerControl
 from trl import SFTTrainer
 
 from laras.evaluation.evaluator import evaluate_split
@@ -55,13 +55,14 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         """
         if return_outputs or num_items_in_batch is None:
             raise NotImplementedError("the loss is for training; evaluation goes through `evaluate`")
-        loss = summed_loss(model, inputs) / num_items_in_batch
-        return loss * self.accelerator.num_processes
+        loss: Tensor = summed_loss(model, inputs) / num_items_in_batch
+        return loss * int(self.accelerator.num_processes)
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
         """Target tokens of the optimizer step over all processes; the first token of a row is predicted by nothing."""
         count = sum(((batch["labels"][:, 1:] != -100).sum() for batch in batch_samples), torch.tensor(0))
-        return self.accelerator.gather(count.to(device)).sum()
+        everywhere: Tensor = self.accelerator.gather(count.to(device))
+        return everywhere.sum()
 
     def evaluate(
         self,
@@ -85,7 +86,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             f"{metric_key_prefix}_token_accuracy": score.token_accuracy,
         }
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _save_checkpoint(self, model: nn.Module, trial: None) -> None:

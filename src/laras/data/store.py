@@ -1,0 +1,93 @@
+"""Tokenised rows on disk, and a digest of what they say.
+
+Columns: `input_ids` and `labels` list<int32> (of one length; labels unshifted, -100 where no loss is taken), `length`
+int32 in tokens, `row` int64 (0-based index in the source).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from laras.errors import RunStateError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pyarrow as pa
+
+
+def token_table(
+    input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]], rows: Sequence[int] | np.ndarray
+) -> pa.Table:
+    """Examples as a table of the columns above.
+
+    Raises:
+        ValueError: When an example's labels are not as many as its tokens.
+    """
+    import pyarrow as pa
+
+    lengths = [len(ids) for ids in input_ids]
+    if lengths != [len(targets) for targets in labels]:
+        raise ValueError("every example needs as many labels as tokens")
+    return pa.table(
+        {
+            "input_ids": pa.array(input_ids, pa.list_(pa.int32())),
+            "labels": pa.array(labels, pa.list_(pa.int32())),
+            "length": pa.array(lengths, pa.int32()),
+            "row": pa.array(rows, pa.int64()),
+        }
+    )
+
+
+def write_tokens(table: pa.Table, path: Path) -> None:
+    """Writes a Parquet file whole or not at all."""
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            pq.write_table(table, file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def read_tokens(path: Path) -> pa.Table:
+    """Reads what `write_tokens` wrote.
+
+    Raises:
+        RunStateError: When the file is missing or damaged.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with path.open("rb") as file:
+            return pq.read_table(file)
+    except FileNotFoundError:
+        raise RunStateError(f"{path} is missing", hint="restore the file, or start a new run") from None
+    except (pa.ArrowException, OSError) as error:
+        detail = (str(error) or type(error).__name__).splitlines()[0]
+        raise RunStateError(f"{path} is damaged: {detail}", hint="restore the file, or start a new run") from None
+
+
+def tokens_digest(table: pa.Table) -> str:
+    """SHA-256 over lengths, token ids and labels in row order, in hexadecimal.
+
+    The same for equal examples however the table is chunked, compressed or stored. Lengths are digested apart from
+    the tokens, so that two sets of examples with the same tokens cut elsewhere differ.
+    """
+    parts = [hashlib.sha256() for _ in range(3)]
+    # Chunk by chunk: one array of all tokens can outgrow the 32-bit offsets of Arrow lists.
+    for batch in table.select(["input_ids", "labels"]).to_batches():
+        ids, labels = batch.column(0), batch.column(1)
+        arrays = (ids.value_lengths(), ids.flatten(), labels.flatten())
+        for part, array in zip(parts, arrays, strict=True):
+            part.update(array.to_numpy(zero_copy_only=False).astype("<i4").tobytes())
+    return hashlib.sha256(b"".join(part.digest() for part in parts)).hexdigest()

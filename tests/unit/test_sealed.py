@@ -1,0 +1,157 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from laras.data.analyze import length_stats
+from laras.data.sealed import open_sealed, read_openings, seal_test
+from laras.data.store import read_tokens, token_table, tokens_digest, write_tokens
+from laras.errors import ExitCode, RunStateError, SealedTestError
+from laras.records import Measured, RunResult, SplitInfo, SplitManifest
+
+IDS = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
+examples = st.lists(st.lists(st.integers(0, 200_000), min_size=1, max_size=6), min_size=1, max_size=8)
+
+
+def tokens(ids=IDS):
+    return token_table(ids, [[-100, *row[1:]] for row in ids], range(len(ids)))
+
+
+def run_in(folder, status="finished"):
+    table = tokens()
+    info = SplitInfo(
+        rows=4, tokens=length_stats(table["length"].to_numpy(), [2, 1, 0, 3]), sha256=seal_test(table, folder)
+    )
+    SplitManifest(seed=42, ratios=(0.8, 0.1, 0.1), stratify_by=None, train=info, validation=info, test=info).save(
+        folder
+    )
+    finish(folder, status)
+    return folder
+
+
+def finish(folder, status):
+    measured = Measured(peak_allocated_bytes=0, peak_reserved_bytes=0, tokens_per_s=1, elapsed_s=1)
+    RunResult(
+        status=status, steps=1, epochs=1, train_loss=None, best=None, stopped_early=False, measured=measured
+    ).save(folder)
+
+
+def test_a_finished_run_opens_and_every_opening_is_noted(tmp_path):
+    run = run_in(tmp_path)
+    assert read_openings(run) == ()
+    assert open_sealed(run, "laras test").equals(tokens())
+    open_sealed(run, "again", max_samples=2)
+    first, second = read_openings(run)
+    assert (first.purpose, first.max_samples) == ("laras test", None)
+    assert (second.purpose, second.max_samples) == ("again", 2)
+    assert first.opened_at.endswith("+00:00")
+
+
+@pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
+def test_an_unfinished_run_stays_sealed(tmp_path, status):
+    run = run_in(tmp_path, status)
+    with pytest.raises(SealedTestError, match=status) as caught:
+        open_sealed(run, "a look")
+    assert caught.value.exit_code == ExitCode.RUN_STATE
+    assert "laras resume" in caught.value.hint
+    assert read_openings(run) == ()
+    finish(run, "finished")
+    assert open_sealed(run, "now").num_rows == 4
+
+
+def test_a_run_without_a_result_stays_sealed(tmp_path):
+    seal_test(tokens(), tmp_path)
+    with pytest.raises(SealedTestError, match="no result record"):
+        open_sealed(tmp_path, "a look")
+
+
+@pytest.mark.parametrize("column", ["input_ids", "labels"])
+def test_an_altered_test_set_is_refused_and_not_noted(tmp_path, column):
+    run = run_in(tmp_path)
+    altered = tokens()
+    values = altered[column].to_pylist()
+    values[0][1] += 1
+    index = altered.column_names.index(column)
+    write_tokens(
+        altered.set_column(index, column, pa.array(values, pa.list_(pa.int32()))), run / "splits/sealed/test.parquet"
+    )
+    with pytest.raises(SealedTestError, match="altered"):
+        open_sealed(run, "a look")
+    assert read_openings(run) == ()
+
+
+def test_a_missing_or_broken_test_set_is_refused(tmp_path):
+    run = run_in(tmp_path)
+    path = run / "splits/sealed/test.parquet"
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(SealedTestError, match="damaged"):
+        open_sealed(run, "a look")
+    path.unlink()
+    with pytest.raises(SealedTestError, match="missing"):
+        open_sealed(run, "a look")
+
+
+def test_a_damaged_ledger_is_refused(tmp_path):
+    run = run_in(tmp_path)
+    open_sealed(run, "first")
+    ledger = run / "splits/sealed/openings.jsonl"
+    assert json.loads(ledger.read_text())["purpose"] == "first"
+    ledger.write_text(ledger.read_text() + "nonsense\n")
+    with pytest.raises(SealedTestError, match=r"openings.jsonl:2"):
+        open_sealed(run, "second")
+    ledger.write_bytes(b"\xff")
+    with pytest.raises(SealedTestError, match="cannot be read"):
+        read_openings(run)
+
+
+def test_a_test_set_is_sealed_once(tmp_path):
+    run = run_in(tmp_path)
+    with pytest.raises(SealedTestError, match="already"):
+        seal_test(tokens(), run)
+
+
+def test_samples_are_the_same_at_every_opening(tmp_path):
+    run = run_in(tmp_path)
+    sample = open_sealed(run, "a", 2)
+    assert sample.equals(open_sealed(run, "b", 2))
+    assert sample.num_rows == 2
+    assert sample["row"].to_pylist() == sorted(sample["row"].to_pylist())
+    assert open_sealed(run, "c", 100).num_rows == 4
+    with pytest.raises(SealedTestError, match="max_samples is 0"):
+        open_sealed(run, "d", 0)
+
+
+@given(examples, st.integers(1, 4))
+def test_the_digest_is_of_the_content_not_of_the_storage(ids, chunk):
+    table = tokens(ids)
+    pieces = pa.concat_tables([table.slice(start, chunk) for start in range(0, table.num_rows, chunk)])
+    assert tokens_digest(pieces) == tokens_digest(table)
+
+
+@given(examples, examples)
+def test_other_examples_have_another_digest(first, second):
+    assert (tokens_digest(tokens(first)) == tokens_digest(tokens(second))) == (first == second)
+
+
+def test_tokens_survive_the_disk(tmp_path):
+    path = tmp_path / "deep" / "train.parquet"
+    write_tokens(tokens(), path)
+    back = read_tokens(path)
+    assert back.equals(tokens())
+    assert tokens_digest(back) == tokens_digest(tokens())
+    assert [entry.name for entry in path.parent.iterdir()] == ["train.parquet"]
+    pq.write_table(back, path, row_group_size=1, compression="none")
+    assert tokens_digest(read_tokens(path)) == tokens_digest(tokens())
+
+
+def test_missing_and_damaged_files_and_unequal_labels_are_refused(tmp_path):
+    with pytest.raises(RunStateError, match="missing"):
+        read_tokens(tmp_path / "train.parquet")
+    (tmp_path / "train.parquet").write_bytes(b"no parquet")
+    with pytest.raises(RunStateError, match="damaged"):
+        read_tokens(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="as many labels"):
+        token_table([[1, 2]], [[1]], [0])
