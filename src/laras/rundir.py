@@ -1,0 +1,248 @@
+"""One run's directory: where its parts are, who owns it now, and what state it is in.
+
+runs/2026-11-24-qwen2.5-coder-1.5b-a1b2/
+  config.yaml          resolved, every key present; config.given.yaml as the user wrote it
+  records/*.json       profile, split, plan, environment, result, evaluation
+  splits/              train and validation; what is sealed beside them is named by `laras.data` alone
+  checkpoints/step-N/  complete and verified, or not there at all
+  best/  final/        adapter, tokenizer, chat template
+  logs/                metrics.jsonl, tensorboard
+  report.html
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import ValidationError
+
+from laras.config import RunConfig, load_config
+from laras.errors import ConfigError, RunStateError
+from laras.records import (
+    BestCheckpoint,
+    Environment,
+    EvalResult,
+    Record,
+    RunResult,
+    RunStatus,
+    TrainPlan,
+    Value,
+    write_atomically,
+)
+
+CONFIG_NAME = "config.yaml"
+GIVEN_CONFIG_NAME = "config.given.yaml"
+_LOCK_NAME, _HOLDER_NAME = ".lock", ".holder.json"
+_MAX_MODEL_NAME_CHARS = 60
+_R = TypeVar("_R", bound=Record)
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of a run. Nothing is created by naming it."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / CONFIG_NAME
+
+    @property
+    def train_rows(self) -> Path:
+        """Tokenised rows to learn from."""
+        return self.path / "splits" / "train.parquet"
+
+    @property
+    def validation_rows(self) -> Path:
+        """Tokenised rows to validate on."""
+        return self.path / "splits" / "validation.parquet"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of `step-N`."""
+        return self.path / "checkpoints"
+
+    @property
+    def final(self) -> Path:
+        """The tuned model: adapter (or all weights), tokenizer, chat template."""
+        return self.path / "final"
+
+    @property
+    def metrics(self) -> Path:
+        """Every metric, one JSON object a line."""
+        return self.path / "logs" / "metrics.jsonl"
+
+    @property
+    def report(self) -> Path:
+        """The page for people."""
+        return self.path / "report.html"
+
+    def load_config(self) -> RunConfig:
+        """The configuration that the run was started with.
+
+        Raises:
+            RunStateError: When this is no run, or its configuration no longer validates.
+        """
+        if not self.config.is_file():
+            raise RunStateError(
+                f"{self.path} is not a run: it holds no {CONFIG_NAME}", hint="`laras runs` lists the runs"
+            )
+        try:
+            return load_config(self.config)
+        except ConfigError as error:
+            raise RunStateError(
+                f"{self.config} does not validate", problems=error.problems, hint="restore the file"
+            ) from None
+
+
+class Holder(Value):
+    """Who works in a run directory."""
+
+    host: str
+    pid: int
+    since: str  # UTC, ISO 8601
+
+
+class RunSummary(Value):
+    """One line of `laras runs`. Scores are None until `laras test` has opened the sealed set."""
+
+    path: str
+    status: RunStatus
+    created_at: str | None
+    model: str | None
+    steps: int | None
+    best: BestCheckpoint | None
+    base_perplexity: float | None
+    tuned_perplexity: float | None
+
+
+def create_run_dir(config: RunConfig, now: datetime | None = None) -> RunDir:
+    """Makes the directory of a new run: `output_dir/run_name`, or a name from date, model and four random digits.
+
+    Raises:
+        RunStateError: When a run of that name is there already.
+        ConfigError: When the folder cannot be made.
+    """
+    day = (now or datetime.now(UTC)).strftime("%Y-%m-%d")
+    name = config.run_name or f"{day}-{_short_model_name(config.model_name_or_path)}-{secrets.token_hex(2)}"
+    path = Path(config.output_dir).expanduser() / name
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        raise RunStateError(
+            f"{path} exists already",
+            hint=f"choose another run_name, or go on with `laras resume {path}`",
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the run directory {path}: {error.strerror}", hint="set output_dir to a folder you can write"
+        ) from None
+    return RunDir(path)
+
+
+@contextmanager
+def hold(run: RunDir) -> Iterator[None]:
+    """Owns a run directory for the duration of the block.
+
+    The lock is the kernel's, on an open file: it ends with the process, however that ends, so that none goes stale.
+
+    Raises:
+        RunStateError: When another process owns it; names its host, process and start.
+    """
+    lock = FileLock(run.path / _LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        holder = read_holder(run)
+        who = f" by process {holder.pid} on {holder.host} since {holder.since}" if holder else ""
+        raise RunStateError(
+            f"{run.path} is in use{who}", hint="wait for it to end, or stop that process first"
+        ) from None
+    try:
+        holder = Holder(
+            host=socket.gethostname(), pid=os.getpid(), since=datetime.now(UTC).isoformat(timespec="seconds")
+        )
+        write_atomically(run.path / _HOLDER_NAME, holder.model_dump_json() + "\n")
+        yield
+    finally:
+        (run.path / _HOLDER_NAME).unlink(missing_ok=True)
+        lock.release()
+
+
+def read_holder(run: RunDir) -> Holder | None:
+    """Who owns the directory, as far as it is known."""
+    try:
+        return Holder.model_validate_json((run.path / _HOLDER_NAME).read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def run_status(run: RunDir) -> RunStatus:
+    """`running` while a process owns the directory, else how it ended; one that left no result was interrupted."""
+    if _is_held(run):
+        return "running"
+    try:
+        status = RunResult.load(run.path).status
+    except RunStateError:
+        return "interrupted" if any(run.checkpoints.glob("step-*")) else "failed"
+    return "interrupted" if status == "running" else status
+
+
+def list_runs(output_dir: Path) -> list[RunSummary]:
+    """Every run below a folder, the best score first, those without one by name, newest first."""
+    runs = [RunDir(path.parent) for path in output_dir.glob(f"*/{CONFIG_NAME}")]
+    summaries = sorted((_summary(run) for run in runs), key=lambda summary: summary.path, reverse=True)
+    return sorted(summaries, key=lambda s: s.tuned_perplexity if s.tuned_perplexity is not None else float("inf"))
+
+
+def _summary(run: RunDir) -> RunSummary:
+    environment = _load_or_none(Environment, run.path)
+    plan = _load_or_none(TrainPlan, run.path)
+    result = _load_or_none(RunResult, run.path)
+    evaluation = _load_or_none(EvalResult, run.path)
+    return RunSummary(
+        path=str(run.path),
+        status=run_status(run),
+        created_at=environment.created_at if environment else None,
+        model=plan.model.source if plan else None,
+        steps=result.steps if result else None,
+        best=result.best if result else None,
+        base_perplexity=evaluation.base.perplexity if evaluation else None,
+        tuned_perplexity=evaluation.tuned.perplexity if evaluation else None,
+    )
+
+
+def _load_or_none(record: type[_R], path: Path) -> _R | None:
+    try:
+        return record.load(path)
+    except RunStateError:
+        return None
+
+
+def _is_held(run: RunDir) -> bool:
+    if not (run.path / _LOCK_NAME).exists():
+        return False
+    lock = FileLock(run.path / _LOCK_NAME)
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return True
+    lock.release()
+    return False
+
+
+def _short_model_name(source: str) -> str:
+    """Last part of a path, Hub id or built-in name, safe as a part of a file name."""
+    last = re.split(r"[/\\:]", source.rstrip("/\\"))[-1].lower()
+    return re.sub(r"[^a-z0-9._-]+", "-", last).strip("-.")[:_MAX_MODEL_NAME_CHARS] or "model"
