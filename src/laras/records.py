@@ -392,3 +392,22 @@ class EvalResult(Record):
     tuned: SplitScore
     loss_improvement_ci95: tuple[float, float]  # base - tuned, paired bootstrap over examples
     openings: int
+
+
+class Sample(Value):
+    """What the base and the tuned model answer to one prompt, by greedy decoding."""
+
+    row: int  # 0-based index in the source
+    prompt: str  # as rendered, special tokens included
+    reference: str  # the answer that the data gives
+    base: str | None  # None where the base model was not at hand (full fine-tuning)
+    tuned: str
+
+
+class Samples(Record):
+    """Answers of the base beside those of the tuned model."""
+
+    name: ClassVar[str] = "samples"
+    seed: int
+    max_new_tokens: int
+    samples: tuple[Sample, ...]
