@@ -1,0 +1,20 @@
+"""`laras report`: one HTML page about a run, or a comparison of several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def report_command(
+    runs: Annotated[list[Path], typer.Argument(help="One run, or several to compare.", show_default=False)],
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where to write; default: report.html in the run.")
+    ] = None,
+) -> None:
+    """Write one self-contained HTML page: scores, curves, memory, data, plan; several runs are compared."""
+    from laras.reporting.report import write_report
+
+    typer.echo(str(write_report(runs, output)))

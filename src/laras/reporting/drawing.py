@@ -1,0 +1,155 @@
+"""Figures as SVG inside the page: accessible, in the page's colours, identical for identical data.
+
+matplotlib draws with the light theme's colours; each is then replaced by a variable of the page's style sheet, so
+that one drawing serves light, dark and print. Nothing is told by colour alone: lines differ in dash and marker too.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+# Colour of the light theme → variable of the style sheet.
+INK, MUTED, GRID, SURFACE = "#1b1f27", "#5c6470", "#dfe3e9", "#fefefd"
+BLUE, ORANGE, GREEN, PURPLE, BROWN, CYAN = "#0b63b0", "#c2500a", "#0a7d55", "#8a3f9e", "#7a5a12", "#1287a8"
+RED = "#b3261e"
+_VARIABLES = {
+    INK: "ink", MUTED: "muted", GRID: "grid", SURFACE: "surface", RED: "bad",
+    BLUE: "c1", ORANGE: "c2", GREEN: "c3", PURPLE: "c4", BROWN: "c5", CYAN: "c6",
+}  # fmt: skip
+SERIES_COLORS = (BLUE, ORANGE, GREEN, PURPLE, BROWN, CYAN)
+SERIES_DASHES: tuple[str | tuple[int, tuple[float, ...]], ...] = (
+    "-", (0, (5, 2)), (0, (1.2, 1.6)), (0, (6, 2, 1.2, 2)), (0, (9, 3)), (0, (3, 1.5, 1, 1.5, 1, 1.5)),
+)  # fmt: skip
+SERIES_MARKERS = ("o", "s", "^", "D", "v", "P")
+
+_STYLE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "laras",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.edgecolor": GRID,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 9.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": GRID,
+    "grid.linewidth": 0.7,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "text.color": INK,
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "legend.fontsize": 8.5,
+    "legend.labelcolor": INK,
+    "path.simplify": True,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+_SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
+_HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
+_FONT = re.compile(r"font-family:[^;]*;?|font-variant:[^;]*;?|font-stretch:[^;]*;?")
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure of the report.
+
+    Attributes:
+        name: Unique in the page; part of every id.
+        title: What it shows, in a few words.
+        description: What a reader who cannot see it should know.
+        svg: The drawing, markup that this module made.
+    """
+
+    name: str
+    title: str
+    description: str
+    svg: str
+
+
+@contextmanager
+def drawing_style() -> Iterator[None]:
+    """The look of every figure; matplotlib's settings are as before afterwards."""
+    with mpl.rc_context(_STYLE):
+        yield
+
+
+def new_figure(
+    rows: int = 1, columns: int = 1, *, height: float = 2.7, share_x: bool = False
+) -> tuple[Figure, list[Axes]]:
+    """An empty figure of the page's width; `height` in inches of 72 points."""
+    figure = Figure(figsize=(9.0, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=share_x)
+    return figure, list(axes.flat)
+
+
+def finish(figure: Figure, name: str, title: str, description: str) -> Drawing:
+    """Turns the figure into SVG that can stand in a page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    root = ET.fromstring(buffer.getvalue())  # noqa: S314 - made by matplotlib a line above
+    for element in root.findall(f"{{{_SVG}}}metadata"):
+        root.remove(element)
+    _rename_ids(root, name)
+    for element in root.iter():
+        for key, value in element.attrib.items():
+            if key in ("style", "fill", "stroke"):
+                element.set(key, _page_colors(_FONT.sub("", value)))
+    root.attrib.pop("version", None)
+    for length in ("width", "height"):
+        root.attrib.pop(length, None)
+    root.set("role", "img")
+    root.set("aria-labelledby", f"{name}-title {name}-desc")
+    for position, (tag, text) in enumerate((("title", title), ("desc", description))):
+        element = ET.Element(f"{{{_SVG}}}{tag}", {"id": f"{name}-{tag}"})
+        element.text = text
+        root.insert(position, element)
+    ET.register_namespace("", _SVG)
+    ET.register_namespace("xlink", _XLINK)
+    return Drawing(name, title, description, ET.tostring(root, encoding="unicode"))
+
+
+def step_axis(axes: Axes, label: str = "optimizer step") -> None:
+    """Whole steps, with thousands separated."""
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def _rename_ids(root: ET.Element, name: str) -> None:
+    """Ids that something refers to become unique in the page; the others go."""
+    text = ET.tostring(root, encoding="unicode")
+    referred = set(re.findall(r"url\(#([^)]+)\)", text)) | set(re.findall(r'href="#([^"]+)"', text))
+    for element in root.iter():
+        identity = element.attrib.pop("id", None)
+        if identity in referred:
+            element.set("id", f"{name}-{identity}")
+        for key, value in element.attrib.items():
+            if "url(#" in value:
+                element.set(key, value.replace("url(#", f"url(#{name}-"))
+            elif key.endswith("href") and value.startswith("#"):
+                element.set(key, f"#{name}-{value[1:]}")
+
+
+def _page_colors(style: str) -> str:
+    def variable(match: re.Match[str]) -> str:
+        color = match[0].lower()
+        return f"var(--{_VARIABLES[color]})" if color in _VARIABLES else color
+
+    return _HEX.sub(variable, style).strip()

@@ -1,0 +1,59 @@
+"""Numbers as a person reads them."""
+
+from __future__ import annotations
+
+import math
+
+GIB = 2**30
+DASH = "–"
+_SI = ((1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """`digits` decimals, thousands separated; whole numbers stay whole; very small ones in powers of ten."""
+    if value is None or not math.isfinite(value):
+        return DASH
+    if isinstance(value, int) or (float(value).is_integer() and abs(value) >= 1e3):
+        return f"{value:,.0f}"
+    if value != 0 and abs(value) < 10**-digits:
+        return f"{value:.2e}"
+    return f"{value:,.{digits}f}"
+
+
+def size(count_bytes: float | None) -> str:
+    """Bytes in GiB, MiB or KiB."""
+    if count_bytes is None:
+        return DASH
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if abs(count_bytes) >= unit:
+            return f"{count_bytes / unit:,.2f} {name}"
+    return f"{count_bytes:,.0f} B"
+
+
+def short(count: float) -> str:
+    """A count in three digits with k, M or B."""
+    for unit, name in _SI:
+        if abs(count) >= unit:
+            return f"{count / unit:.3g}{name}"
+    return f"{count:.3g}"
+
+
+def duration(seconds: float | None) -> str:
+    """`2 h 05 min`, `3 min 20 s` or `12.3 s`."""
+    if seconds is None or not math.isfinite(seconds):
+        return DASH
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """A share of one as per cent."""
+    return DASH if share is None or not math.isfinite(share) else f"{100 * share:.{digits}f}%"
+
+
+def interval(low_high: tuple[float, float] | None, digits: int = 3) -> str:
+    """`1.234 to 1.345`."""
+    return DASH if low_high is None else f"{number(low_high[0], digits)} to {number(low_high[1], digits)}"
