@@ -1,0 +1,207 @@
+"""The requests for memory of one training step, recorded at a small depth and unrolled to the model's.
+
+A step is recorded with few decoder layers, cut into segments: what lives before it, each layer's forward, the loss, each
+layer's backward, and the end. A decoder repeats itself, so the segments of a middle layer stand for all middle layers:
+unrolled, the trace is request for request what the whole depth would have made, for a fraction of the work.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from laras.planning.allocator import block_bytes
+
+# Layers that a trace to be unrolled has: two at each end differ from the middle one, which has equal neighbours.
+TRACED_LAYERS = 5
+_MIDDLE = 2
+
+Key = tuple[str, int, int]  # kind, pass (0 unless gradients accumulate), layer (-1: none)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of the step that belongs to one layer, or to none.
+
+    Attributes:
+        kind: `weights`, `states`, `batch`, `forward`, `loss`, `backward`, `end` or `evaluation`.
+        index: Number of the micro-batch within the step.
+        layer: Of the traced depth; -1 outside the layers.
+        events: `n > 0` allocates n bytes; `-i` frees the i-th allocation of the trace, counted from 1.
+    """
+
+    kind: str
+    index: int
+    layer: int
+    events: tuple[int, ...]
+
+    @property
+    def key(self) -> Key:
+        """What identifies the segment; segments of one key are one after the other."""
+        return self.kind, self.index, self.layer
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """A trace at full depth: its events, and where each kind of segment begins."""
+
+    events: tuple[int, ...]
+    marks: tuple[tuple[int, str], ...]
+
+    def peaks(self) -> dict[str, int]:
+        """Peak of allocated bytes in every kind of segment."""
+        live, sizes = 0, []
+        peaks: dict[str, int] = defaultdict(int)
+        marks = [*self.marks[1:], (len(self.events), "")]
+        position, kind = 0, self.marks[0][1] if self.marks else ""
+        for end, following in marks:
+            for event in self.events[position:end]:
+                if event > 0:
+                    size = block_bytes(event)
+                    sizes.append(size)
+                    live += size
+                    peaks[kind] = max(peaks[kind], live)
+                else:
+                    live -= sizes[-event - 1]
+            peaks[kind] = max(peaks[kind], live)
+            position, kind = end, following
+        return dict(peaks)
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """A recorded step.
+
+    Attributes:
+        layers: Depth at which it was recorded.
+        segments: In the order of time.
+        notes: What was assumed or approximated; shown with the plan.
+    """
+
+    layers: int
+    segments: tuple[Segment, ...]
+    notes: tuple[str, ...] = field(default=())
+
+    def why_not_uniform(self) -> str | None:
+        """Why the middle layer cannot stand for others; None when it can."""
+        if self.layers != TRACED_LAYERS:
+            return f"recorded at {self.layers} layers, not {TRACED_LAYERS}"
+        sizes = {segment.key: [event for event in segment.events if event > 0] for segment in self.segments}
+        for kind, index, layer in sizes:
+            if layer != _MIDDLE:
+                continue
+            middle = sizes[kind, index, layer]
+            for other in (layer - 1, layer + 1):
+                if sizes.get((kind, index, other)) != middle:
+                    return f"layers {layer} and {other} differ in {kind}"
+        if not any(segment.kind == "forward" and segment.layer == _MIDDLE for segment in self.segments):
+            return "no layers were seen"
+        owners = self._owners()
+        for segment in self.segments:
+            if segment.layer == _MIDDLE:
+                for event in segment.events:
+                    if event < 0 and owners[-event - 1][0][2] not in (-1, _MIDDLE - 1, _MIDDLE, _MIDDLE + 1):
+                        return f"layer {_MIDDLE} frees what a distant layer allocated"
+        return None
+
+    def unroll(self, layers: int) -> Unrolled:
+        """The step at full depth.
+
+        Raises:
+            ValueError: When the trace is neither of that depth nor one whose middle layer can stand for others.
+        """
+        if layers == self.layers:
+            return self._joined()
+        reason = self.why_not_uniform()
+        if reason or layers < TRACED_LAYERS:
+            raise ValueError(f"a trace of {self.layers} layers cannot be unrolled to {layers}: {reason}")
+        return _Unroller(self, layers).run()
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, for the cache."""
+        rows = [[part.kind, part.index, part.layer, list(part.events)] for part in self.segments]
+        return {"layers": self.layers, "segments": rows, "notes": list(self.notes)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> StepTrace:
+        """The trace that `to_json` wrote."""
+        segments = tuple(Segment(kind, index, layer, tuple(rest)) for kind, index, layer, rest in values["segments"])
+        return cls(values["layers"], segments, tuple(values["notes"]))
+
+    def _joined(self) -> Unrolled:
+        events: list[int] = []
+        marks: list[tuple[int, str]] = []
+        for segment in self.segments:
+            if not marks or marks[-1][1] != segment.kind:
+                marks.append((len(events), segment.kind))
+            events.extend(segment.events)
+        return Unrolled(tuple(events), tuple(marks))
+
+    def _owners(self) -> list[tuple[Key, int]]:
+        """Of each allocation: its segment, and its number within it."""
+        owners, counts = [], dict.fromkeys((segment.key for segment in self.segments), 0)
+        for segment in self.segments:
+            for event in segment.events:
+                if event > 0:
+                    owners.append((segment.key, counts[segment.key]))
+                    counts[segment.key] += 1
+        return owners
+
+
+class _Unroller:
+    """Copies the middle layer's segments and points their frees at the copies of what they free."""
+
+    def __init__(self, trace: StepTrace, layers: int) -> None:
+        self._trace, self._layers = trace, layers
+        self._owners = trace._owners()
+        self._new_numbers: dict[tuple[Key, int], int] = {}
+        self._counts: dict[Key, int] = defaultdict(int)
+        self._events: list[int] = []
+        self._allocations = 0
+
+    def run(self) -> Unrolled:
+        marks: list[tuple[int, str]] = []
+        for segment, layer in self._sequence():
+            if not marks or marks[-1][1] != segment.kind:
+                marks.append((len(self._events), segment.kind))
+            key = (segment.kind, segment.index, layer)
+            for event in segment.events:
+                if event > 0:
+                    self._allocations += 1
+                    self._new_numbers[key, self._counts[key]] = self._allocations
+                    self._counts[key] += 1
+                    self._events.append(event)
+                else:
+                    self._events.extend(-number for number in self._freed(-event - 1, segment.layer, layer))
+        return Unrolled(tuple(self._events), tuple(marks))
+
+    def _sequence(self) -> Iterator[tuple[Segment, int]]:
+        """Segments with their layer at full depth, the middle ones repeated in the direction of the pass."""
+        copies = range(_MIDDLE, self._layers - (TRACED_LAYERS - 1 - _MIDDLE))
+        for segment in self._trace.segments:
+            if segment.layer != _MIDDLE:
+                yield segment, self._moved(segment.layer)
+                continue
+            for layer in reversed(copies) if segment.kind == "backward" else copies:
+                yield segment, layer
+
+    def _moved(self, layer: int) -> int:
+        """Layer at full depth of a traced layer that is not the middle one."""
+        return layer if layer < _MIDDLE else layer + self._layers - TRACED_LAYERS
+
+    def _freed(self, allocation: int, traced_layer: int, layer: int) -> Sequence[int]:
+        (kind, index, owner_layer), number = self._owners[allocation]
+        if owner_layer == -1:
+            targets = [-1]
+        elif traced_layer == _MIDDLE:
+            targets = [layer + owner_layer - _MIDDLE]
+        elif owner_layer != _MIDDLE:
+            targets = [self._moved(owner_layer)]
+        elif traced_layer == -1:  # the end of the step frees every layer's
+            targets = list(range(_MIDDLE, self._layers - (TRACED_LAYERS - 1 - _MIDDLE)))
+        else:  # a neighbour of the middle layer frees that of the copy next to it
+            targets = [_MIDDLE if traced_layer < _MIDDLE else self._layers - TRACED_LAYERS + _MIDDLE]
+        found = [self._new_numbers.get(((kind, index, target), number)) for target in targets]
+        return [number for number in found if number is not None]
