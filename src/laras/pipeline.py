@@ -1,1 +1,374 @@
-"""One function a stage; the command line, the notebook and the Python API all call these."""
+"""One function a stage; the command line, the notebook and the Python API all call these.
+
+Stages are composed here and nowhere else: a lower layer that needs something of a higher one gets it as a function.
+With several processes (`torchrun`, `accelerate launch`) rank 0 prepares, plans and writes, and tells the others.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from laras import __version__
+from laras.config import RunConfig, config_to_yaml
+from laras.errors import LarasError, PlanError
+from laras.progress import Observer
+from laras.records import (
+    DatasetProfile,
+    Environment,
+    EvalResult,
+    HardwareSpec,
+    RunResult,
+    SplitManifest,
+    TrainPlan,
+    write_atomically,
+)
+from laras.rundir import GIVEN_CONFIG_NAME, RunDir, create_run_dir, hold
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from laras.data.prepare import PreparedData
+
+_RECORDED_PACKAGES = (
+    "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "unsloth", "triton",
+)  # fmt: skip
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the data is and how it is divided; the rows themselves stay out of it."""
+
+    profile: DatasetProfile
+    manifest: SplitManifest
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """A run that has ended."""
+
+    run_dir: Path
+    plan: TrainPlan
+    result: RunResult
+
+
+def inspect(config: RunConfig, observer: Observer | None = None) -> Inspection:
+    """Reads, validates, tokenises and divides the data; writes nothing but the cache.
+
+    Raises:
+        ConfigError: The model or its tokenizer cannot be loaded.
+        DataError: With every problem of the data at once.
+    """
+    prepared = _prepare(config, _load_tokenizer(config), observer or Observer())
+    return Inspection(prepared.profile, prepared.manifest)
+
+
+def plan(config: RunConfig, observer: Observer | None = None, *, with_data: bool = True) -> TrainPlan:
+    """What would run and why, for this machine's device or the one that `config.gpu` names; nothing starts.
+
+    Args:
+        config: What the user wants.
+        observer: Is told what happens.
+        with_data: False plans for examples that are all `max_length` long and reads no dataset.
+
+    Returns:
+        The plan, whether or not it fits.
+    """
+    observer = observer or Observer()
+    prepared = _prepare(config, _load_tokenizer(config), observer) if with_data else None
+    return _plan(config, prepared, observer)
+
+
+def train(config: RunConfig, observer: Observer | None = None, *, given: str | None = None) -> TrainOutcome:
+    """Prepares, plans, trains and keeps the best; the test set stays sealed.
+
+    Args:
+        config: What the user wants.
+        observer: Is told what happens; on rank 0 only.
+        given: The configuration file as the user wrote it, kept beside the resolved one.
+
+    Raises:
+        ConfigError: The model cannot be loaded or the run directory not made.
+        DataError: With every problem of the data at once; nothing is left behind.
+        PlanError: The plan does not fit; nothing was started.
+        TrainingInterrupted: Stopped by a signal and saved.
+        TrainingAborted: Numbers that do not train, or memory that no split cures.
+    """
+    observer = observer if observer is not None and _rank() == 0 else Observer()
+
+    def start() -> RunDir:
+        prepared = _prepare(config, _load_tokenizer(config), observer)
+        chosen = _plan(config, prepared, observer)
+        _require_fit(chosen)
+        return _write_run(config, given, prepared, chosen)
+
+    run = RunDir(Path(_from_rank_zero(lambda: str(start().path))))
+    return _run_training(run, observer, resume_from=None)
+
+
+def resume(run_dir: Path | str, observer: Observer | None = None, *, checkpoint: int | None = None) -> TrainOutcome:
+    """Goes on from the newest good checkpoint of a run, or from a named one.
+
+    Raises:
+        RunStateError: This is no run, it is in use, has finished, or has drifted since the checkpoint.
+        CheckpointError: There is no usable checkpoint of that step.
+    """
+    from laras.training.resume import choose_checkpoint
+
+    observer = observer if observer is not None and _rank() == 0 else Observer()
+    run = RunDir(Path(run_dir))
+    run.load_config()
+    resume_from = _from_rank_zero(lambda: choose_checkpoint(run.path, checkpoint, observer))
+    return _run_training(run, observer, resume_from=resume_from)
+
+
+def test(run_dir: Path | str, observer: Observer | None = None, *, max_samples: int | None = None) -> EvalResult:
+    """Opens the sealed test set of a finished run and scores the base and the tuned model on it.
+
+    Args:
+        run_dir: The run.
+        observer: Is told what happens.
+        max_samples: Score so many rows only, the same ones at every opening.
+
+    Raises:
+        RunStateError: This is no run, or it is in use.
+        SealedTestError: The run has not finished, or the set was altered.
+    """
+    from laras.data.sealed import open_sealed, read_openings, require_openable
+    from laras.evaluation.metrics import loss_improvement_ci95, score_of
+    from laras.models.finished import load_finished
+
+    observer = observer or Observer()
+    run = RunDir(Path(run_dir))
+    config = run.load_config()
+    with hold(run):
+        require_openable(run.path)
+        chosen, result = TrainPlan.load(run.path), RunResult.load(run.path)
+        observer.stage_started("loading the base and the tuned model")
+        pair = load_finished(config, chosen.choices, run.final, _device())
+        # Noted in the ledger only now: a model that cannot be loaded has seen nothing.
+        rows = _as_dataset(open_sealed(run.path, "laras test", max_samples))
+        sums = {}
+        for name, model in (("base", pair.base), ("tuned", pair.tuned)):
+            observer.stage_started(f"scoring the {name} model on the test set")
+            with model() as scored:
+                sums[name] = _evaluate(scored, rows, chosen, pair.tokenizer, observer)
+        evaluation = EvalResult(
+            parent_digest=result.digest(),
+            base=score_of(sums["base"], seed=config.seed),
+            tuned=score_of(sums["tuned"], seed=config.seed),
+            loss_improvement_ci95=loss_improvement_ci95(sums["base"], sums["tuned"], seed=config.seed),
+            openings=len(read_openings(run.path)),
+        )
+        evaluation.save(run.path)
+    return evaluation
+
+
+def inspection_json(inspection: Inspection) -> dict[str, Any]:
+    """What `laras inspect --json` prints (docs: "What programs can rely on")."""
+    profile, manifest = inspection.profile, inspection.manifest
+    splits = {}
+    for name in ("train", "validation", "test"):
+        split = getattr(manifest, name)
+        splits[name] = {"rows": split.rows, "tokens": split.tokens.model_dump(mode="json"), "sha256": split.sha256}
+    return {
+        **profile.model_dump(mode="json", exclude={"schema_version", "parent_digest"}),
+        "splits": splits,
+        "drift": [drift.model_dump(mode="json") for drift in manifest.drift],
+        "excluded_rows": manifest.excluded_rows,
+        "warnings": list(manifest.warnings),
+    }
+
+
+def outcome_json(outcome: TrainOutcome) -> dict[str, Any]:
+    """What `laras train --json` and `laras resume --json` print."""
+    result = outcome.result
+    return {
+        "run_dir": str(outcome.run_dir),
+        "status": result.status,
+        "steps": result.steps,
+        "stopped_early": result.stopped_early,
+        "train_loss": result.train_loss,
+        "best": result.best.model_dump(mode="json") if result.best else None,
+        "plan": outcome.plan.model_dump(mode="json"),
+        "measured": result.measured.model_dump(mode="json"),
+        "events": [event.model_dump(mode="json") for event in result.events],
+    }
+
+
+def _load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+    from laras.models.loader import load_tokenizer
+
+    return load_tokenizer(
+        config.model_name_or_path,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        chat_template=config.chat_template,
+    )
+
+
+def _prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase, observer: Observer) -> PreparedData:
+    from laras.data.prepare import prepare_dataset
+
+    spec = _load_spec(config)
+    return prepare_dataset(config, tokenizer, spec.max_position_embeddings, observer)
+
+
+def _load_spec(config: RunConfig) -> Any:
+    from laras.models.builtin import resolve_tokenizer
+    from laras.planning.architecture import load_model_spec
+
+    return load_model_spec(resolve_tokenizer(config.model_name_or_path), revision=config.model_revision)
+
+
+def _plan(config: RunConfig, prepared: PreparedData | None, observer: Observer) -> TrainPlan:
+    from laras.planning.hardware import load_hardware
+    from laras.planning.planner import plan_training
+
+    observer.stage_started("planning")
+    spec = _load_spec(config).model_copy(update={"source": config.model_name_or_path})
+    profile, manifest = (prepared.profile, prepared.manifest) if prepared else (None, None)
+    return plan_training(config, profile, manifest, spec, load_hardware(config.gpu))
+
+
+def _require_fit(chosen: TrainPlan) -> None:
+    if not chosen.fits:
+        raise PlanError(
+            f"the plan does not fit {chosen.hardware.gpu_name}: it needs "
+            f"{_gib(chosen.memory.train_peak_reserved_bytes)} of {_gib(chosen.memory.device_budget_bytes)}",
+            problems=chosen.remedies,
+            hint="each line above would make it possible; `laras plan` shows the whole plan",
+        )
+
+
+def _write_run(config: RunConfig, given: str | None, prepared: PreparedData, chosen: TrainPlan) -> RunDir:
+    from laras.data.sealed import seal_test
+    from laras.data.store import write_tokens
+
+    run = create_run_dir(config)
+    write_tokens(prepared.train, run.train_rows)
+    write_tokens(prepared.validation, run.validation_rows)
+    seal_test(prepared.test, run.path)
+    for record in (prepared.profile, prepared.manifest, chosen, _environment(chosen.hardware)):
+        record.save(run.path)
+    if given is not None:
+        write_atomically(run.path / GIVEN_CONFIG_NAME, given)
+    write_atomically(run.config, config_to_yaml(config))
+    return run
+
+
+def _environment(hardware: HardwareSpec) -> Environment:
+    packages = {}
+    for name in _RECORDED_PACKAGES:
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return Environment(
+        laras_version=__version__,
+        python_version=platform.python_version(),
+        platform=f"{sys.platform}-{platform.machine()}",
+        packages=packages,
+        device=hardware.gpu_name,
+        driver=_driver_version() if hardware.kind == "cuda" else None,
+        processes=int(os.environ.get("WORLD_SIZE", "1")),
+        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def _driver_version() -> str | None:
+    from laras.planning.hardware import driver_version
+
+    return driver_version()
+
+
+def _run_training(run: RunDir, observer: Observer, resume_from: Path | None) -> TrainOutcome:
+    from laras.data.store import read_tokens
+    from laras.models.build import build_model
+    from laras.training.run import run_training
+
+    config, chosen = run.load_config(), TrainPlan.load(run.path)
+    with hold(run) if _rank() == 0 else nullcontext():
+        tokenizer = _load_tokenizer(config)
+        observer.stage_started("loading the model")
+        model = build_model(config, chosen.choices, _device(), observer)
+        result = run_training(
+            config,
+            chosen,
+            model,
+            tokenizer,
+            train_rows=_as_dataset(read_tokens(run.train_rows)),
+            validation_rows=_as_dataset(read_tokens(run.validation_rows)),
+            run_dir=run.path,
+            observer=observer,
+            resume_from=resume_from,
+        )
+    return TrainOutcome(run.path, chosen, result)
+
+
+def _evaluate(model: Any, rows: Any, chosen: TrainPlan, tokenizer: PreTrainedTokenizerBase, observer: Observer) -> Any:
+    from laras.evaluation.evaluator import evaluate_split
+
+    return evaluate_split(
+        model,
+        rows,
+        batch_size=chosen.choices.per_device_eval_batch_size,
+        pad_token_id=tokenizer.pad_token_id,
+        device=_device(),
+        observer=observer,
+    )
+
+
+def _as_dataset(table: Any) -> Any:
+    from datasets import Dataset
+    from datasets.table import InMemoryTable
+
+    return Dataset(InMemoryTable(table))
+
+
+def _device() -> torch.device:
+    """This process' own device."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _from_rank_zero(work: Callable[[], _T]) -> _T:
+    """The result of `work`, done by rank 0 alone; its error, if any, is raised in every process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return work()
+    import torch.distributed as dist
+    from accelerate import PartialState
+
+    PartialState()  # joins the process group, with the backend that fits the device
+    answer: list[Any] = [None, None]
+    if _rank() == 0:
+        try:
+            answer[0] = work()
+        except LarasError as error:
+            answer[1] = error
+    dist.broadcast_object_list(answer)
+    if answer[1] is not None:
+        raise answer[1]
+    result: _T = answer[0]
+    return result
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"

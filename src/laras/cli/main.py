@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import sys
-from importlib import resources
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from laras import __version__
-from laras.errors import ConfigError, LarasError
+from laras.cli.init import init_command
+from laras.cli.inspect import inspect_command
+from laras.cli.options import OVERRIDES
+from laras.cli.runs import runs_command
+from laras.cli.test import test_command
+from laras.cli.train import resume_command, train_command
+from laras.errors import LarasError
 
 app = typer.Typer(
     help="Fine-tune a language model on one GPU: a file of examples in, a tuned model with an honest score out.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("init")(init_command)
+app.command("inspect", context_settings=OVERRIDES)(inspect_command)
+app.command("train", context_settings=OVERRIDES)(train_command)
+app.command("resume")(resume_command)
+app.command("test")(test_command)
+app.command("runs")(runs_command)
 
 
 def main() -> None:
@@ -42,22 +51,3 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-@app.command()
-def init(
-    path: Annotated[Path, typer.Argument(help="Where to write the configuration.")] = Path("laras.yaml"),
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
-) -> None:
-    """Write a short commented configuration."""
-    text = resources.files("laras.resources").joinpath("laras.yaml").read_text(encoding="utf-8")
-    try:
-        with path.open("w" if force else "x", encoding="utf-8") as file:
-            file.write(text)
-    except FileExistsError:
-        raise ConfigError(f"{path} exists", hint="name another file, or replace it with --force") from None
-    except OSError as error:
-        raise ConfigError(
-            f"cannot write {path}: {error.strerror}", hint="check the folder and its permissions"
-        ) from None
-    typer.echo(f"wrote {path}", err=True)

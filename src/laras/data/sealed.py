@@ -55,15 +55,7 @@ def open_sealed(run_dir: Path, purpose: str, max_samples: int | None = None) -> 
         raise SealedTestError(
             f"max_samples is {max_samples}; at least 1 row must be opened", hint="leave it out for all"
         )
-    try:
-        status = RunResult.load(run_dir).status
-    except RunStateError as error:
-        raise SealedTestError(f"the test set stays sealed: {error.message}", hint=error.hint) from None
-    if status != "finished":
-        raise SealedTestError(
-            f"the test set stays sealed: the run's status is {status!r}, not 'finished'",
-            hint=f"finish it with `laras resume {run_dir}`",
-        )
+    require_openable(run_dir)
     manifest = SplitManifest.load(run_dir)
     try:
         table = read_tokens(_test_path(run_dir))
@@ -87,6 +79,23 @@ def open_sealed(run_dir: Path, purpose: str, max_samples: int | None = None) -> 
         ),
     )
     return _sample(table, max_samples, manifest.seed)
+
+
+def require_openable(run_dir: Path) -> None:
+    """Refuses a run whose training has not ended; opens nothing.
+
+    Raises:
+        SealedTestError: The run is not finished.
+    """
+    try:
+        status = RunResult.load(run_dir).status
+    except RunStateError as error:
+        raise SealedTestError(f"the test set stays sealed: {error.message}", hint=error.hint) from None
+    if status != "finished":
+        raise SealedTestError(
+            f"the test set stays sealed: the run's status is {status!r}, not 'finished'",
+            hint=f"finish it with `laras resume {run_dir}`",
+        )
 
 
 def read_openings(run_dir: Path) -> tuple[Opening, ...]:

@@ -1,0 +1,91 @@
+"""What the verbs share on the command line: CONFIG, overrides in three spellings, `--json`, and who watches."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from laras.config import RunConfig, load_config
+from laras.errors import ConfigError
+
+# Options that the verb does not know are overrides of the configuration.
+OVERRIDES = {"ignore_unknown_options": True, "allow_interspersed_args": True}
+
+ConfigArguments = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG] [KEY=VALUE]...",
+        help="A YAML file (without one: the built-in example), then overrides: learning_rate=1e-4 or "
+        "--learning-rate 1e-4.",
+        show_default=False,
+    ),
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+
+
+def read_config(arguments: Sequence[str] | None) -> tuple[RunConfig, str | None]:
+    """The configuration that the arguments describe, and the file's text as given.
+
+    Raises:
+        ConfigError: With every problem at once.
+    """
+    path, overrides = split_arguments(arguments or ())
+    config = load_config(path, overrides)
+    return config, path.read_text(encoding="utf-8") if path else None
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[Path | None, list[str]]:
+    """The configuration file, if one is named, and the overrides as KEY=VALUE.
+
+    `learning_rate=1e-4`, `--learning-rate=1e-4` and `--learning_rate 1e-4` say the same; an option without a value
+    is true.
+
+    Raises:
+        ConfigError: Two files are named.
+    """
+    paths: list[str] = []
+    overrides: list[str] = []
+    waiting = list(arguments)
+    while waiting:
+        word = waiting.pop(0)
+        if word.startswith("--"):
+            key, equals, value = word[2:].partition("=")
+            if not equals:
+                value = waiting.pop(0) if waiting and _is_value(waiting[0]) else "true"
+            overrides.append(f"{key}={value}")
+        elif "=" in word and not Path(word).exists():
+            overrides.append(word)
+        else:
+            paths.append(word)
+    if len(paths) > 1:
+        raise ConfigError(
+            f"one configuration file is expected, not {len(paths)}: {', '.join(paths)}",
+            hint="overrides are written KEY=VALUE or --key VALUE",
+        )
+    return (Path(paths[0]) if paths else None), overrides
+
+
+def _is_value(word: str) -> bool:
+    """Whether a word after an option is its value; a configuration file or another option is not."""
+    return not word.startswith("--") and not word.endswith((".yaml", ".yml"))
+
+
+def print_json(value: Mapping[str, Any]) -> None:
+    """One object on stdout; a number that JSON has no word for is null."""
+    sys.stdout.write(json.dumps(_finite(value), ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and value - value != 0:  # infinite or not a number
+        return None
+    return value

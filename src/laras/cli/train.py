@@ -1,0 +1,64 @@
+"""`laras train` and `laras resume`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from laras.cli.options import ConfigArguments, JsonOption, RunArgument, print_json, read_config
+from laras.cli.view import duration, open_view, size
+
+if TYPE_CHECKING:
+    from laras.pipeline import TrainOutcome
+    from laras.records import EvalResult
+
+TestOption = Annotated[bool, typer.Option("--test", help="Open the sealed test set when training has finished.")]
+
+
+def train_command(arguments: ConfigArguments = None, test: TestOption = False, as_json: JsonOption = False) -> None:
+    """Split, analyse, plan, train, validate and keep the best."""
+    from laras import pipeline
+
+    config, given = read_config(arguments)
+    with open_view() as view:
+        outcome = pipeline.train(config, view, given=given)
+        evaluation = pipeline.test(outcome.run_dir, view) if test else None
+    _show(outcome, evaluation, as_json)
+
+
+def resume_command(
+    run: RunArgument,
+    checkpoint: Annotated[int | None, typer.Option(help="Go on from this step instead of the newest.")] = None,
+    test: TestOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Go on where a run stopped, bit for bit."""
+    from laras import pipeline
+
+    with open_view() as view:
+        outcome = pipeline.resume(run, view, checkpoint=checkpoint)
+        evaluation = pipeline.test(outcome.run_dir, view) if test else None
+    _show(outcome, evaluation, as_json)
+
+
+def _show(outcome: TrainOutcome, evaluation: EvalResult | None, as_json: bool) -> None:
+    from laras.cli.test import evaluation_json, show_evaluation
+    from laras.pipeline import outcome_json
+
+    if as_json:
+        print_json(outcome_json(outcome) | ({"test": evaluation_json(evaluation)} if evaluation else {}))
+        return
+    result = outcome.result
+    early = ", stopped early" if result.stopped_early else ""
+    typer.echo(f"run     {outcome.run_dir}")
+    typer.echo(f"steps   {result.steps}{early}, {duration(result.measured.elapsed_s)}")
+    if result.best:
+        typer.echo(f"best    step {result.best.step}, validation loss {result.best.eval_loss:.4f}")
+    planned = outcome.plan.memory.train_peak_reserved_bytes
+    typer.echo(f"memory  {size(result.measured.peak_reserved_bytes)}, planned {size(planned)}")
+    if evaluation:
+        typer.echo()
+        show_evaluation(evaluation)
+    else:
+        typer.echo(f"next    laras test {outcome.run_dir}")

@@ -1,0 +1,205 @@
+"""What a person sees while stages work: a live line in a terminal, plain lines elsewhere. All on stderr.
+
+Words carry the meaning; colour only repeats it.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from laras.progress import Observer, StepReport, ValidationReport
+from laras.records import TrainPlan
+
+_PLAIN_INTERVAL_S = 5.0
+
+
+class View(Observer):
+    """Common words of both views. Use as a context manager, so that a live line is always taken away."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        pass
+
+    def line(self, text: str, style: str | None = None) -> None:
+        """One line that stays."""
+        raise NotImplementedError
+
+    def message(self, text: str) -> None:
+        """See `Observer`."""
+        self.line(text)
+
+    def warning(self, text: str) -> None:
+        """See `Observer`."""
+        self.line(f"warning: {text}", "yellow")
+
+    def training_started(self, plan: TrainPlan, first_step: int) -> None:
+        """See `Observer`."""
+        choices = plan.choices
+        micro, accumulation = choices.per_device_train_batch_size, choices.gradient_accumulation_steps
+        trained = f"{choices.trainable_parameters:,} of {choices.total_parameters:,} parameters"
+        resumed = f" from step {first_step}" if first_step else ""
+        self.line(f"training{resumed}: {plan.total_steps} steps of {micro} x {accumulation} rows, {trained}, on")
+        self.line(f"  {plan.hardware.gpu_name} in {choices.precision}, about {duration(plan.time.total_s)}")
+
+    def validated(self, report: ValidationReport) -> None:
+        """See `Observer`."""
+        if report.is_best:
+            verdict = "new best"
+        elif report.patience is None:
+            verdict = "no improvement"
+        else:
+            verdict = f"no improvement ({report.evaluations_without_improvement}/{report.patience})"
+        self.line(
+            f"step {report.step:>5}  validation loss {report.loss:.4f}  perplexity {report.perplexity:8.3f}  "
+            f"accuracy {report.token_accuracy:6.1%}  {verdict}",
+            "bold" if report.is_best else None,
+        )
+
+    def training_finished(self, status: str) -> None:
+        """See `Observer`."""
+        self.line(f"training {status}")
+
+
+class PlainView(View):
+    """Lines, at most one every few seconds for progress; for logs and pipes."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._last_s = 0.0
+
+    def line(self, text: str, style: str | None = None) -> None:
+        """One line, written at once."""
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+    def stage_started(self, name: str) -> None:
+        """See `Observer`."""
+        self._stage = name
+        self._last_s = time.monotonic()
+        self.line(name)
+
+    def stage_progress(self, done: int, total: int | None, unit: str) -> None:
+        """See `Observer`."""
+        if self._is_time():
+            of = f" of {total:,}" if total else ""
+            self.line(f"  {self._stage}: {done:,}{of} {unit}")
+
+    def step_finished(self, report: StepReport) -> None:
+        """See `Observer`."""
+        if self._is_time() or report.step == report.total_steps:
+            self.line(f"step {report.step:>5}/{report.total_steps}  {_numbers(report)}")
+
+    def _is_time(self) -> bool:
+        now = time.monotonic()
+        if now - self._last_s < _PLAIN_INTERVAL_S:
+            return False
+        self._last_s = now
+        return True
+
+
+class LiveView(View):
+    """One line that moves, with what has happened above it."""
+
+    def __init__(self) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            console=Console(stderr=True, highlight=False),
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._progress.stop()
+
+    def line(self, text: str, style: str | None = None) -> None:
+        """One line above the moving one."""
+        self._progress.console.print(text, style=style, markup=False)
+
+    def stage_started(self, name: str) -> None:
+        """See `Observer`."""
+        self._begin(name)
+
+    def stage_progress(self, done: int, total: int | None, unit: str) -> None:
+        """See `Observer`."""
+        if self._task is not None:
+            of = f" of {total:,}" if total else ""
+            self._progress.update(self._task, completed=done, total=total, numbers=f"{done:,}{of} {unit}")
+
+    def training_started(self, plan: TrainPlan, first_step: int) -> None:
+        """See `Observer`."""
+        super().training_started(plan, first_step)
+        self._begin("training", plan.total_steps, first_step)
+
+    def step_finished(self, report: StepReport) -> None:
+        """See `Observer`."""
+        if self._progress.tasks and self._progress.tasks[-1].description != "training":
+            self._begin("training", report.total_steps, report.step)  # after a validation
+        if self._task is not None:
+            self._progress.update(
+                self._task,
+                completed=report.step,
+                total=report.total_steps,
+                numbers=f"{report.step}/{report.total_steps}  {_numbers(report)}",
+            )
+
+    def training_finished(self, status: str) -> None:
+        """See `Observer`."""
+        self._clear()
+        super().training_finished(status)
+
+    def _begin(self, name: str, total: int | None = None, done: int = 0) -> None:
+        self._clear()
+        self._task = self._progress.add_task(name, total=total, completed=done, numbers="")
+
+    def _clear(self) -> None:
+        for task in list(self._progress.task_ids):
+            self._progress.remove_task(task)
+        self._task = None
+
+
+def open_view() -> View:
+    """The live view in a terminal, plain lines elsewhere."""
+    return LiveView() if sys.stderr.isatty() else PlainView()
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 10 s` or `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(size_bytes: float) -> str:
+    """`512 MiB` or `3.2 GiB`."""
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
+
+
+def _numbers(report: StepReport) -> str:
+    loss = f"loss {report.loss:.4f}" if report.loss is not None else "loss -"
+    return (
+        f"{loss}  {report.tokens_per_s:,.0f} tokens/s  memory {size(report.memory_bytes)} of "
+        f"{size(report.memory_planned_bytes)} planned  {duration(report.eta_s)} left"
+    )

@@ -1,0 +1,91 @@
+"""A finished run's model: the base and the tuned one, as `laras test`, `chat` and `export` need them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from laras.config import RunConfig
+from laras.errors import CheckpointError
+from laras.models.loader import load_model
+from laras.records import PlanChoices, Precision
+
+
+@dataclass(frozen=True)
+class FinishedModels:
+    """The two models of a finished run. LoRA holds the weights once: its base is the tuned model less the adapter.
+
+    Attributes:
+        tokenizer: As saved with the tuned model.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    _tuned: nn.Module
+    _base: nn.Module | None  # None: the tuned model with its adapter switched off
+
+    @contextmanager
+    def tuned(self) -> Iterator[nn.Module]:
+        """The tuned model."""
+        yield self._tuned
+
+    @contextmanager
+    def base(self) -> Iterator[nn.Module]:
+        """The base model; the tuned one is not usable meanwhile."""
+        if self._base is not None:
+            yield self._base
+            return
+        if not isinstance(self._tuned, PeftModel):
+            raise TypeError("a model without adapter has no base in it")
+        with self._tuned.disable_adapter():
+            yield self._tuned
+
+
+def load_finished(config: RunConfig, choices: PlanChoices, final_dir: Path, device: torch.device) -> FinishedModels:
+    """Loads base and tuned model in the formats that training used, in evaluation mode.
+
+    Args:
+        config: The run's configuration.
+        choices: The run's plan.
+        final_dir: The run's `final/`.
+        device: Where to put them; on a CPU a run in fp16 is computed in fp32.
+
+    Raises:
+        CheckpointError: When `final/` is missing or incomplete.
+        ConfigError: When the base cannot be loaded.
+    """
+    weights = "model.safetensors.index.json" if choices.finetuning_type == "full" else "adapter_config.json"
+    if not any((final_dir / name).is_file() for name in (weights, "model.safetensors")):
+        raise CheckpointError(
+            f"{final_dir} holds no finished model", hint="finish the run with `laras resume`, or restore the folder"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(final_dir)
+    base = _load_base(config, choices, device)
+    if choices.finetuning_type == "full":
+        tuned: nn.Module = load_model(str(final_dir), precision=_precision(choices, device), device=str(device))
+        return FinishedModels(tokenizer, tuned.eval(), base.eval())
+    tuned = PeftModel.from_pretrained(base, str(final_dir), torch_device=str(device))
+    return FinishedModels(tokenizer, tuned.eval(), None)
+
+
+def _load_base(config: RunConfig, choices: PlanChoices, device: torch.device) -> PreTrainedModel:
+    return load_model(
+        config.model_name_or_path,
+        precision=_precision(choices, device),
+        device=str(device),
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        attention="sdpa",
+        load_in_4bit=choices.load_in_4bit,
+        load_in_8bit=choices.load_in_8bit,
+    )
+
+
+def _precision(choices: PlanChoices, device: torch.device) -> Precision:
+    return "fp32" if device.type == "cpu" and choices.precision == "fp16" else choices.precision
