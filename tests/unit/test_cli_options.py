@@ -1,0 +1,55 @@
+"""The command line's words: one configuration file, and overrides in three spellings."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from laras.cli.options import print_json, read_config, split_arguments
+from laras.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["learning_rate=1e-4"], ["--learning-rate", "1e-4"], ["--learning_rate=1e-4"], ["--learning-rate=1e-4"]],
+)
+def test_an_override_means_the_same_in_every_spelling(words: list[str]) -> None:
+    config, given = read_config(words)
+    assert config.learning_rate == 1e-4
+    assert given is None
+
+
+def test_a_file_may_stand_before_between_and_after_overrides(tmp_path: Path) -> None:
+    path = tmp_path / "laras.yaml"
+    path.write_text("seed: 7\n", encoding="utf-8")
+    for words in (
+        [str(path), "lora_r=4", "--limit", "5"],
+        ["lora_r=4", str(path), "--limit=5"],
+        ["--limit", "5", "lora_r=4", str(path)],
+    ):
+        config, given = read_config(words)
+        assert (config.seed, config.lora_r, config.limit, given) == (7, 4, 5, "seed: 7\n")
+
+
+def test_an_option_without_a_value_is_true_and_does_not_swallow_the_file(tmp_path: Path) -> None:
+    assert split_arguments(["--use-dora", "laras.yaml"]) == (Path("laras.yaml"), ["use-dora=true"])
+    assert split_arguments(["--use-dora", "--limit", "3"]) == (None, ["use-dora=true", "limit=3"])
+
+
+def test_two_files_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"a\.yaml, b\.yaml"):
+        split_arguments(["a.yaml", "b.yaml"])
+
+
+def test_every_problem_of_the_command_line_is_told_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read_config(["--learning-rat", "1", "seed=-1"])
+    assert "did you mean 'learning_rate'" in str(caught.value)
+    assert "seed" in str(caught.value)
+
+
+def test_json_is_one_object_and_has_no_number_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
+    print_json({"loss": float("nan"), "pair": (float("inf"), 1.5), "text": "é"})
+    assert json.loads(capsys.readouterr().out) == {"loss": None, "pair": [None, 1.5], "text": "é"}

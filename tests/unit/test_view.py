@@ -1,0 +1,110 @@
+"""What a person reads while stages work, without colour."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress
+
+from laras.cli import view as view_module
+from laras.cli.view import LiveView, PlainView, duration, open_view, size
+from laras.progress import StepReport, ValidationReport
+
+
+def report(step: int, loss: float | None = 1.25) -> StepReport:
+    return StepReport(
+        step=step,
+        total_steps=10,
+        epoch=0.5,
+        loss=loss,
+        learning_rate=1e-4,
+        grad_norm=1.0,
+        tokens_per_s=1234.5,
+        eta_s=75,
+        memory_bytes=3 * 2**30,
+        memory_planned_bytes=4 * 2**30,
+    )
+
+
+def validation(without: int, patience: int | None = 5) -> ValidationReport:
+    return ValidationReport(
+        step=5,
+        loss=0.5,
+        perplexity=1.65,
+        token_accuracy=0.71,
+        is_best=without == 0,
+        evaluations_without_improvement=without,
+        patience=patience,
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (75, "1 min 15 s"), (3600, "1 h 00 min"), (7500, "2 h 05 min")]
+)
+def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_sizes_have_a_unit() -> None:
+    assert (size(512 * 2**20), size(2**31)) == ("512 MiB", "2.0 GiB")
+
+
+def test_plain_lines_say_what_each_validation_meant(capsys: pytest.CaptureFixture[str]) -> None:
+    with PlainView() as view:
+        for item in (validation(0), validation(1), validation(2, patience=None)):
+            view.validated(item)
+        view.warning("disk is nearly full")
+        view.training_finished("finished")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split("71.0%")[1].strip() for line in lines[:3]] == [
+        "new best",
+        "no improvement (1/5)",
+        "no improvement",
+    ]
+    assert lines[3:] == ["warning: disk is nearly full", "training finished"]
+
+
+def test_plain_progress_is_a_line_every_few_seconds_and_the_last_step(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(view_module.time, "monotonic", lambda: clock[0])
+    view = PlainView()
+    view.stage_started("reading")
+    for second in range(1, 13):
+        clock[0] = 100.0 + second
+        view.stage_progress(second, 12, "rows")
+    clock[0] += 0.1
+    view.step_finished(report(9))
+    view.step_finished(report(10, loss=None))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == ["reading", "  reading: 5 of 12 rows", "  reading: 10 of 12 rows"]
+    assert len(lines) == 4
+    assert "10/10" in lines[3] and "loss -" in lines[3] and "3.0 GiB of 4.0 GiB planned" in lines[3]
+
+
+def test_live_view_keeps_lines_above_one_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    view = LiveView()
+    columns = view._progress.columns
+    view._progress = Progress(
+        *columns, console=Console(file=screen, force_terminal=True, color_system=None, width=140), transient=True
+    )
+    with view:
+        view.stage_started("reading")
+        view.stage_progress(3, None, "rows")
+        view._progress.refresh()
+        view.message("a [bracket] stays as it is")
+        view.step_finished(report(3))
+        view._progress.refresh()
+        view.validated(validation(0))
+        view.training_finished("finished")
+    shown = screen.getvalue()
+    for text in ("3 rows", "a [bracket] stays as it is", "3/10  loss 1.2500", "1,234 tokens/s", "new best", "finished"):
+        assert text in shown
+
+
+def test_the_live_view_is_for_terminals_only() -> None:
+    assert isinstance(open_view(), PlainView)
