@@ -73,19 +73,27 @@ def inspect(config: RunConfig, observer: Observer | None = None) -> Inspection:
     return Inspection(prepared.profile, prepared.manifest)
 
 
-def plan(config: RunConfig, observer: Observer | None = None, *, with_data: bool = True) -> TrainPlan:
+def plan(config: RunConfig, observer: Observer | None = None) -> TrainPlan:
     """What would run and why, for this machine's device or the one that `config.gpu` names; nothing starts.
 
-    Args:
-        config: What the user wants.
-        observer: Is told what happens.
-        with_data: False plans for examples that are all `max_length` long and reads no dataset.
+    Only `config.json` is needed of the model. A configuration that names a model and no dataset is planned for
+    examples that are all `max_length` long; so is one whose model is a bare `config.json`, which tokenises nothing.
 
     Returns:
         The plan, whether or not it fits.
+
+    Raises:
+        ConfigError: The model's configuration or its tokenizer cannot be loaded.
+        DataError: With every problem of the data at once.
     """
     observer = observer or Observer()
-    prepared = _prepare(config, _load_tokenizer(config), observer) if with_data else None
+    model_only = "model_name_or_path" in config.model_fields_set and "dataset" not in config.model_fields_set
+    bare = Path(config.model_name_or_path).expanduser().is_file()
+    if bare and not model_only:
+        observer.warning(
+            f"{config.model_name_or_path} brings no tokenizer: planned for examples of {config.max_length} tokens"
+        )
+    prepared = None if model_only or bare else _prepare(config, _load_tokenizer(config), observer)
     return _plan(config, prepared, observer)
 
 
@@ -268,6 +276,8 @@ def _write_run(config: RunConfig, given: str | None, prepared: PreparedData, cho
 
 
 def _environment(hardware: HardwareSpec) -> Environment:
+    from laras.planning.hardware import driver_version
+
     packages = {}
     for name in _RECORDED_PACKAGES:
         try:
@@ -280,16 +290,10 @@ def _environment(hardware: HardwareSpec) -> Environment:
         platform=f"{sys.platform}-{platform.machine()}",
         packages=packages,
         device=hardware.gpu_name,
-        driver=_driver_version() if hardware.kind == "cuda" else None,
+        driver=driver_version() if hardware.kind == "cuda" else None,
         processes=int(os.environ.get("WORLD_SIZE", "1")),
         created_at=datetime.now(UTC).isoformat(timespec="seconds"),
     )
-
-
-def _driver_version() -> str | None:
-    from laras.planning.hardware import driver_version
-
-    return driver_version()
 
 
 def _run_training(run: RunDir, observer: Observer, resume_from: Path | None) -> TrainOutcome:

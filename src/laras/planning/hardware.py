@@ -52,6 +52,18 @@ def cpu_hardware() -> HardwareSpec:
     )
 
 
+def driver_version() -> str | None:
+    """Version of the NVIDIA driver; None where NVML cannot say."""
+    nvml: Any = import_module("pynvml")
+    with suppress(nvml.NVMLError):
+        nvml.nvmlInit()
+        try:
+            return str(nvml.nvmlSystemGetDriverVersion())
+        finally:
+            nvml.nvmlShutdown()
+    return None
+
+
 def _local_gpu() -> HardwareSpec | None:
     """The first visible CUDA device as torch sees it; None without one."""
     import torch

@@ -1,0 +1,63 @@
+"""The Python API: the verbs of the command line as functions on typed records.
+
+    import laras
+    plan = laras.plan("laras.yaml", gpu="t4")
+    run = laras.train("laras.yaml", learning_rate=1e-4)
+    score = laras.test(run.run_dir)
+
+A configuration is a file, a mapping of keys, a `RunConfig`, or nothing for the built-in example; keyword arguments
+override its keys. Importing this module loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from laras import pipeline
+from laras.config import RunConfig, load_config
+from laras.pipeline import Inspection, TrainOutcome
+from laras.progress import Observer
+from laras.records import EvalResult, TrainPlan
+
+ConfigLike = RunConfig | Mapping[str, Any] | str | Path | None
+
+
+def configure(config: ConfigLike = None, **overrides: Any) -> RunConfig:
+    """A validated configuration.
+
+    Raises:
+        ConfigError: With every problem at once.
+    """
+    if isinstance(config, RunConfig):
+        return load_config(None, {**config.model_dump(mode="json", exclude_unset=True), **overrides})
+    if isinstance(config, Mapping):
+        return load_config(None, {**config, **overrides})
+    return load_config(config, overrides)
+
+
+def inspect(config: ConfigLike = None, *, observer: Observer | None = None, **overrides: Any) -> Inspection:
+    """What the data is and how it is divided. See `laras.pipeline.inspect`."""
+    return pipeline.inspect(configure(config, **overrides), observer)
+
+
+def plan(config: ConfigLike = None, *, observer: Observer | None = None, **overrides: Any) -> TrainPlan:
+    """What would run and why. See `laras.pipeline.plan`."""
+    return pipeline.plan(configure(config, **overrides), observer)
+
+
+def train(config: ConfigLike = None, *, observer: Observer | None = None, **overrides: Any) -> TrainOutcome:
+    """Trains and keeps the best. See `laras.pipeline.train`."""
+    given = Path(config).read_text(encoding="utf-8") if isinstance(config, str | Path) else None
+    return pipeline.train(configure(config, **overrides), observer, given=given)
+
+
+def resume(run_dir: str | Path, *, checkpoint: int | None = None, observer: Observer | None = None) -> TrainOutcome:
+    """Goes on where a run stopped. See `laras.pipeline.resume`."""
+    return pipeline.resume(run_dir, observer, checkpoint=checkpoint)
+
+
+def test(run_dir: str | Path, *, max_samples: int | None = None, observer: Observer | None = None) -> EvalResult:
+    """Opens the sealed test set and scores base and tuned model. See `laras.pipeline.test`."""
+    return pipeline.test(run_dir, observer, max_samples=max_samples)
