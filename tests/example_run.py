@@ -129,7 +129,11 @@ def write_metrics(path: Path, steps: int, seed: int) -> BestCheckpoint:
             if eval_loss < best.eval_loss:
                 best = BestCheckpoint(step=step, eval_loss=eval_loss)
             place = {"step": step, "epoch": 3 * share, "time_s": 0.4 * step}
-            scores = {"eval_loss": eval_loss, "eval_perplexity": math.exp(eval_loss), "eval_token_accuracy": 0.5 + share / 4}
+            scores = {
+                "eval_loss": eval_loss,
+                "eval_perplexity": math.exp(eval_loss),
+                "eval_token_accuracy": 0.5 + share / 4,
+            }
             lines.append({**place, **scores})
     logs = path / "logs"
     logs.mkdir(exist_ok=True)

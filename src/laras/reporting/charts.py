@@ -35,7 +35,7 @@ from laras.reporting.run_data import RunData
 # Most marks that a figure shows of one kind of event; the table beside it lists all.
 _MAX_EVENT_MARKS = 40
 _LOG_RATIO = 30.0
-_MAX_MARKERS = 60
+_MAX_MARKERS = 14
 
 
 def score_chart(evaluation: EvalResult) -> Drawing:
@@ -59,7 +59,8 @@ def score_chart(evaluation: EvalResult) -> Drawing:
         axis.tick_params(axis="y", length=0, labelcolor=INK)
     base, tuned = evaluation.base, evaluation.tuned
     description = (
-        f"Base: loss {number(base.loss)}, 95% interval {interval(base.loss_ci95)}; perplexity {number(base.perplexity, 2)}. "
+        f"Base: loss {number(base.loss)}, 95% interval {interval(base.loss_ci95)}; "
+        f"perplexity {number(base.perplexity, 2)}. "
         f"Tuned: loss {number(tuned.loss)}, 95% interval {interval(tuned.loss_ci95)}; "
         f"perplexity {number(tuned.perplexity, 2)}. Lower is better."
     )
@@ -78,16 +79,15 @@ def loss_chart(run: RunData) -> Drawing | None:
     _line(upper, train, 0, "training loss")
     _line(upper, validation, 1, "validation loss", markers=True)
     _line(lower, perplexity, 1, "validation perplexity", markers=True)
-    _line(lower, Series(train.step, np.exp(np.minimum(train.value, 700))), 0, "training perplexity")
-    for axis, title in ((upper, "loss (nats per target token)"), (lower, "perplexity")):
+    for axis, title in ((upper, "loss (nats per target token)"), (lower, "validation perplexity")):
         axis.set_title(title)
+        axis.margins(y=0.3 if axis is upper else 0.1)
         _log_if_wide(axis)
     _mark_broken(upper, train)
     _mark_events(upper, run, labels=True)
     _mark_events(lower, run, labels=False)
     step_axis(lower)
-    upper.legend(loc="upper right", ncols=2)
-    lower.legend(loc="upper right", ncols=2)
+    figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return finish(figure, "loss", "Loss and perplexity over the steps", _loss_description(run, train, validation))
 
 
@@ -146,7 +146,7 @@ def memory_chart(run: RunData) -> Drawing | None:
     axis.margins(y=0.25)
     axis.set_title("memory (GiB)")
     step_axis(axis)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.24), ncols=4)
+    figure.legend(loc="outside lower center", ncols=4)
     return finish(figure, "memory", "Memory over the steps, against the plan", description)
 
 
@@ -219,7 +219,7 @@ def comparison_chart(runs: Sequence[RunData], labels: Sequence[str], metric: str
     axis.set_title(title)
     _log_if_wide(axis)
     step_axis(axis)
-    axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    figure.legend(loc="outside lower center", ncols=2)
     return finish(
         figure, f"compare-{metric.replace('_', '-')}", f"{title.capitalize()} of every run", ". ".join(parts) + "."
     )
@@ -257,7 +257,7 @@ def _envelope_line(
     reduced = envelope(series)
     if reduced.points_per_bucket > 1:
         axis.fill_between(reduced.step, reduced.low, reduced.high, color=color, alpha=0.22, linewidth=0)
-        label += f" (mean; band: lowest to highest of {reduced.points_per_bucket} values)"
+        label += f", mean of {reduced.points_per_bucket}"
     alone = {"marker": "o", "markersize": 5} if len(series) == 1 else {}
     axis.plot(reduced.step, reduced.mean, color=color, label=label, linestyle=dash, linewidth=1.4, **alone)
 
@@ -375,13 +375,14 @@ def _loss_description(run: RunData, train: Series, validation: Series) -> str:
     for name, series in (("Training", train), ("Validation", validation)):
         if len(series):
             parts.append(
-                f"{name} loss: {number(series.value[0])} at step {series.step[0]:,.0f}, {number(series.value[-1])} at step "
-                f"{series.step[-1]:,.0f}, between {number(series.value.min())} and {number(series.value.max())}."
+                f"{name} loss: {number(series.value[0])} at step {series.step[0]:,.0f}, {number(series.value[-1])} "
+                f"at step {series.step[-1]:,.0f}, between {number(series.value.min())} and {number(series.value.max())}."
             )
     if run.best is not None:
         perplexity = math.exp(min(run.best.eval_loss, 700))
         parts.append(
-            f"Best: step {run.best.step:,}, validation loss {number(run.best.eval_loss)}, perplexity {number(perplexity, 2)}."
+            f"Best: step {run.best.step:,}, validation loss {number(run.best.eval_loss)}, "
+            f"perplexity {number(perplexity, 2)}."
         )
     parts += [f"Step {event.step:,}: {event.kind}." for event in run.events[:10]]
     return " ".join(parts)

@@ -103,7 +103,7 @@ def finish(figure: Figure, name: str, title: str, description: str) -> Drawing:
     """Turns the figure into SVG that can stand in a page."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    root = ET.fromstring(buffer.getvalue())  # noqa: S314 - made by matplotlib a line above
+    root = ET.fromstring(buffer.getvalue())
     for element in root.findall(f"{{{_SVG}}}metadata"):
         root.remove(element)
     _rename_ids(root, name)

@@ -17,12 +17,13 @@ from laras.errors import ConfigError, RunStateError
 from laras.records import write_atomically
 from laras.reporting import charts, formatting
 from laras.reporting.drawing import Drawing, drawing_style
-from laras.reporting.history import Series
+from laras.reporting.history import BUCKETS, Series
 from laras.reporting.run_data import RunData, load_run_data
 
 # Rows of a table in the page; what is left out is counted there.
 _MAX_TABLE_ROWS = 40
 _MAX_PROBLEMS = 100
+_BAND_NOTE = "Lines are means of neighbouring values; bands reach from the lowest to the highest of them."
 
 
 def write_report(run_dirs: Sequence[Path | str], output: Path | None = None) -> Path:
@@ -93,6 +94,7 @@ def _run_page(run: RunData) -> dict[str, Any]:
         "laras_version": __version__,
         "run": run,
         "drawings": drawings,
+        "band_note": _BAND_NOTE if len(run.history.get("loss")) > BUCKETS else "",
         "verdict": verdict(run),
         "validations": _thinned(_validations(run)),
         "validation_count": len(run.history.get("eval_loss")),
@@ -108,7 +110,8 @@ def verdict(run: RunData) -> tuple[str, str]:
     if run.evaluation is None:
         if run.status == "finished":
             return "Not scored yet: laras test opens the sealed test set and compares base and tuned model.", "none"
-        return f"The run is {run.status}; it can be scored once it has finished.", "none"
+        words = {"running": "is still running", "interrupted": "was interrupted"}.get(run.status, "did not finish")
+        return f"The run {words}; it can be scored once it has finished.", "none"
     base, tuned = run.evaluation.base, run.evaluation.tuned
     low, high = run.evaluation.loss_improvement_ci95
     change = (

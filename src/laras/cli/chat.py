@@ -1,0 +1,131 @@
+"""`laras chat`: talk to a finished run's model, to its base, or to both side by side."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from laras.cli.options import JsonOption, RunArgument, print_json
+from laras.errors import ConfigError
+
+if TYPE_CHECKING:
+    from laras.evaluation.generate import Answer, GenerationSettings
+    from laras.models.finished import FinishedModels
+
+_HELP = (
+    "/base and /tuned choose who answers, /compare asks both, /reset forgets the conversation, /quit ends; "
+    "Ctrl-C ends an answer"
+)
+
+
+def chat_command(  # noqa: PLR0917 - each is an option of the command line
+    run: RunArgument,
+    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this once and exit.")] = None,
+    base: Annotated[bool, typer.Option("--base", help="Let the base model answer.")] = False,
+    compare: Annotated[bool, typer.Option("--compare", help="Let both models answer.")] = False,
+    system: Annotated[str | None, typer.Option("--system", help="System message of the conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0: the likeliest token always; default: the model's own setting.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.01, max=1, help="Nucleus of the sampling.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Talk to the tuned model; streams its answers."""
+    if as_json and prompt is None:
+        raise ConfigError("--json needs --prompt", hint="laras chat RUN --prompt 'What is ...?' --json")
+    from transformers.utils.logging import set_verbosity_error
+
+    from laras.evaluation.generate import GenerationSettings
+
+    set_verbosity_error()
+    names = ("base", "tuned") if compare else ("base",) if base else ("tuned",)
+    settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
+    chat = _Chat(_load(run), settings, system, names)
+    if prompt is None:
+        _converse(chat)
+        return
+    shown = None if as_json else _write
+    answers = chat.ask(prompt, shown)
+    if as_json:
+        values = {name: {"text": a.text, "tokens": a.tokens, "stopped": a.stopped} for name, a in answers.items()}
+        print_json({"run_dir": str(run), "prompt": prompt, "answers": values})
+
+
+class _Chat:
+    """One conversation; each model remembers its own answers."""
+
+    def __init__(
+        self, models: FinishedModels, settings: GenerationSettings, system: str | None, names: Sequence[str]
+    ) -> None:
+        self.models, self.settings, self.names = models, settings, tuple(names)
+        self._system = [{"role": "system", "content": system}] if system else []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets everything but the system message."""
+        self._histories = {name: list(self._system) for name in ("base", "tuned")}
+
+    def ask(self, text: str, show: Callable[[str], None] | None) -> dict[str, Answer]:
+        """Lets each chosen model answer, and keeps what was said."""
+        from laras.evaluation.generate import prompt_ids, stream_answer
+
+        answers = {}
+        for name in self.names:
+            history = [*self._histories[name], {"role": "user", "content": text}]
+            if show and len(self.names) > 1:
+                show(f"[{name}] ")
+            with getattr(self.models, name)() as model:
+                ids = prompt_ids(self.models.tokenizer, history)
+                answer = stream_answer(model, self.models.tokenizer, ids, self.settings, show or (lambda _: None))
+            if show:
+                show("\n")
+            self._histories[name] = [*history, {"role": "assistant", "content": answer.text}]
+            answers[name] = answer
+        return answers
+
+
+def _load(run_dir: RunArgument) -> FinishedModels:
+    import torch
+
+    from laras.models.finished import load_finished
+    from laras.records import TrainPlan
+    from laras.rundir import RunDir
+
+    run = RunDir(run_dir)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return load_finished(run.load_config(), TrainPlan.load(run.path).choices, run.final, device)
+
+
+def _converse(chat: _Chat) -> None:
+    typer.echo(_HELP, err=True)
+    while True:
+        try:
+            text = input(f"{' + '.join(chat.names)}> " if sys.stdin.isatty() else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            typer.echo("", err=True)
+            return
+        if text in ("/quit", "/exit"):
+            return
+        if text == "/reset":
+            chat.reset()
+            typer.echo("the conversation starts anew", err=True)
+        elif text in ("/base", "/tuned", "/compare"):
+            chat.names = ("base", "tuned") if text == "/compare" else (text[1:],)
+            typer.echo(f"now answering: {' and '.join(chat.names)}", err=True)
+        elif text.startswith("/"):
+            typer.echo(_HELP, err=True)
+        elif text:
+            try:
+                chat.ask(text, _write)
+            except ConfigError as error:
+                typer.echo(f"error: {error}", err=True)
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()

@@ -1,0 +1,67 @@
+"""`laras export`: the tuned model for other tools."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from laras.cli.options import JsonOption, RunArgument, print_json
+from laras.cli.view import open_view
+
+
+class ExportFormat(StrEnum):
+    """Forms of an export."""
+
+    ADAPTER = "adapter"
+    MERGED = "merged"
+    GGUF = "gguf"
+    OLLAMA = "ollama"
+
+
+class GgufQuantization(StrEnum):
+    """How GGUF stores matrices."""
+
+    F16 = "f16"
+    Q8_0 = "q8_0"
+
+
+def export_command(  # noqa: PLR0917 - each is an option of the command line
+    run: RunArgument,
+    format: Annotated[ExportFormat, typer.Option("--format", "-f", help="What to write.")] = ExportFormat.ADAPTER,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The folder to make; default: export/FORMAT in the run.")
+    ] = None,
+    quantization: Annotated[
+        GgufQuantization, typer.Option("--quantization", "-q", help="Of gguf and ollama.")
+    ] = GgufQuantization.F16,
+    push: Annotated[
+        str | None, typer.Option("--push", help="Upload to this Hub repository, private when new.", metavar="REPO")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the tuned model as adapter, merged weights, GGUF or for Ollama; the result is checked."""
+    from laras.reporting.export import export_run
+
+    with open_view() as view:
+        done = export_run(run, format.value, output=output, quantization=quantization.value, push=push, observer=view)
+    if as_json:
+        print_json(
+            {
+                "path": str(done.path),
+                "format": done.format,
+                "max_logit_difference": done.max_logit_difference,
+                "tolerance": done.tolerance,
+                "url": done.url,
+            }
+        )
+        return
+    if done.max_logit_difference is not None:
+        typer.echo(
+            f"greatest difference of a logit to the adapter model: {done.max_logit_difference:.3g} "
+            f"(tolerance {done.tolerance:.3g})",
+            err=True,
+        )
+    typer.echo(str(done.path))

@@ -1,0 +1,266 @@
+"""A finished run's model in a form that other tools load: verified, with a model card, whole or not there at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from laras.config import BUILTIN_MODEL
+from laras.data.store import read_tokens
+from laras.errors import CheckpointError, ConfigError, LarasError, RunStateError
+from laras.models.builtin import HUB_ID
+from laras.models.loader import load_model, load_model_config
+from laras.progress import Observer
+from laras.records import Precision
+from laras.reporting.gguf_file import Quantization, require_family, rope_parameters, write_gguf
+from laras.reporting.model_card import model_card
+from laras.reporting.run_data import RunData, load_run_data
+
+Format = Literal["adapter", "merged", "gguf", "ollama"]
+GGUF_NAME = "model.gguf"
+# Greatest difference allowed between the logits of two forms of one model, as a share of the greatest logit: rounding
+# of the stored weights (8, 11 and 24 bits of mantissa; 8-bit blocks) and of the arithmetic.
+_TOLERANCES: dict[str, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 6e-2, "f16": 1e-2, "q8_0": 6e-2}
+_PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_PROBE_ROWS, _PROBE_TOKENS = 4, 64
+_PROBE_TEXT = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2."
+# Files of `final/` that belong to the run and not to the model.
+_NOT_EXPORTED = ("manifest.json", "training_args.bin", "README.md")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        path: The folder.
+        format: As asked.
+        max_logit_difference: Greatest difference to the adapter's logits; None for a plain copy.
+        tolerance: What it was allowed to be.
+        url: Where it was pushed to.
+    """
+
+    path: Path
+    format: Format
+    max_logit_difference: float | None
+    tolerance: float | None
+    url: str | None = None
+
+
+def export_run(
+    run_dir: Path | str,
+    format: Format,
+    *,
+    output: Path | None = None,
+    quantization: Quantization = "f16",
+    push: str | None = None,
+    observer: Observer | None = None,
+) -> Export:
+    """Exports the tuned model of a finished run.
+
+    Args:
+        run_dir: The run.
+        format: `adapter`: as trained, the base named by its public id; `merged`: whole weights; `gguf`: one file for
+            llama.cpp; `ollama`: that and a Modelfile.
+        output: The folder to make; `RUN/export/FORMAT` by default.
+        quantization: Of GGUF.
+        push: A Hub repository to upload to; nothing is sent without it.
+        observer: Is told what happens.
+
+    Raises:
+        RunStateError: The run has not finished, or the folder exists.
+        CheckpointError: The result does not compute what the adapter computes; nothing is left behind.
+        ConfigError: The model has no adapter, or its family is not written as GGUF.
+    """
+    observer = observer or Observer()
+    run = load_run_data(Path(run_dir))
+    _require_finished(run)
+    target = output or run.path / "export" / (format if format in ("adapter", "merged") else f"{format}-{quantization}")
+    if target.exists():
+        raise RunStateError(f"{target} exists already", hint="name another folder with --output, or remove it")
+    aside = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        difference, tolerance = _write(run, format, aside, quantization, observer)
+        (aside / "README.md").write_text(model_card(run, format, base_id(run), quantization), encoding="utf-8")
+        aside.rename(target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    url = _push(target, push, observer) if push is not None else None
+    return Export(target, format, difference, tolerance, url)
+
+
+def base_id(run: RunData) -> str:
+    """The name under which others find the base: the Hub id of the built-in model, else as the user wrote it."""
+    assert run.config is not None  # `_require_finished` has seen to it
+    source = run.config.model_name_or_path
+    return HUB_ID if source == BUILTIN_MODEL else source
+
+
+def _require_finished(run: RunData) -> None:
+    if run.config is None or run.plan is None or run.result is None or run.status != "finished":
+        raise RunStateError(
+            f"{run.path} has not finished (status: {run.status}); there is nothing to export",
+            hint=f"finish it with `laras resume {run.path}`",
+        )
+
+
+def _write(
+    run: RunData, format: Format, folder: Path, quantization: Quantization, observer: Observer
+) -> tuple[float | None, float | None]:
+    assert run.plan is not None
+    final, full = run.path / "final", run.plan.choices.finetuning_type == "full"
+    if format == "adapter":
+        if full:
+            raise ConfigError("full fine-tuning has no adapter to export", hint="use --format merged")
+        _copy_adapter(run, final, folder)
+        return None, None
+    if format == "merged" and full:
+        _copy_files(final, folder)
+        return None, None
+    observer.stage_started("loading the model in its own precision")
+    model, reference_PTV = (_load_full(final), None) if full else _merge(run, final)
+    tokenizer = AutoTokenizer.from_pretrained(final)
+    probe = _probe(run, tokenizer)
+    expected_PTV = reference_PTV if reference_PTV is not None else _logits(model, probe)
+    if format == "merged":
+        observer.stage_started("writing the merged weights")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        observer.stage_started("checking the result")
+        precision = _PRECISIONS[model.dtype]
+        del model
+        return _verify(load_model(str(folder), precision=precision), probe, expected_PTV, precision)
+    require_family(model.config)
+    observer.stage_started("writing the GGUF file")
+    write_gguf(model, tokenizer, folder / GGUF_NAME, quantization, run.name)
+    if format == "ollama":
+        (folder / "Modelfile").write_text(modelfile(tokenizer, run), encoding="utf-8")
+    observer.stage_started("checking the result")
+    return _verify(_load_gguf(folder, model), probe, expected_PTV, quantization)
+
+
+def _copy_files(source: Path, folder: Path) -> None:
+    if not source.is_dir():
+        raise CheckpointError(f"{source} is missing", hint="restore the folder, or finish the run with `laras resume`")
+    for path in sorted(source.iterdir()):
+        if path.is_file() and path.name not in _NOT_EXPORTED:
+            shutil.copyfile(path, folder / path.name)
+
+
+def _copy_adapter(run: RunData, final: Path, folder: Path) -> None:
+    """The adapter as trained, its base named as others can load it instead of by a path of this machine's cache."""
+    _copy_files(final, folder)
+    config_path = folder / "adapter_config.json"
+    try:
+        config = json.loads(config_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{final / 'adapter_config.json'} cannot be read: {error}", hint="restore it") from None
+    assert run.config is not None
+    config["base_model_name_or_path"], config["revision"] = base_id(run), run.config.model_revision
+    config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _load_full(final: Path) -> PreTrainedModel:
+    config = load_model_config(str(final))
+    return load_model(str(final), precision=_PRECISIONS.get(config.dtype, "fp32")).eval()
+
+
+def _merge(run: RunData, final: Path) -> tuple[PreTrainedModel, torch.Tensor]:
+    """The unquantised base with the adapter added to its weights, and what the adapter model computed before."""
+    assert run.config is not None
+    source = {"revision": run.config.model_revision, "trust_remote_code": run.config.trust_remote_code}
+    config = load_model_config(run.config.model_name_or_path, **source)
+    precision = _PRECISIONS.get(config.dtype, "fp32")
+    base = load_model(run.config.model_name_or_path, precision=precision, **source)
+    try:
+        adapted: Any = PeftModel.from_pretrained(base, str(final)).eval()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{final} holds no usable adapter: {error}", hint="restore the folder") from None
+    logits_PTV = _logits(adapted, _probe(run, AutoTokenizer.from_pretrained(final)))
+    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    return merged.eval(), logits_PTV
+
+
+def _probe(run: RunData, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Some validation rows, cut short; they are what the model is for. A sentence where they are gone."""
+    try:
+        rows = read_tokens(run.path / "splits" / "validation.parquet")
+    except RunStateError:
+        rows = None
+    if rows is None or rows.num_rows == 0:
+        return [list(tokenizer(_PROBE_TEXT)["input_ids"])]
+    return [ids[:_PROBE_TOKENS] for ids in rows.slice(0, _PROBE_ROWS)["input_ids"].to_pylist()]
+
+
+def _logits(model: Any, probe: list[list[int]]) -> torch.Tensor:
+    """Logits of all probes one after the other, shape (tokens, V), in float32."""
+    with torch.inference_mode():
+        return torch.cat([model(input_ids=torch.tensor([ids])).logits[0].float() for ids in probe])
+
+
+def _verify(
+    model: Any, probe: list[list[int]], expected_TV: torch.Tensor, precision: Precision | Quantization
+) -> tuple[float, float]:
+    found_TV = _logits(model.eval(), probe)
+    tolerance = _TOLERANCES[precision] * max(1.0, float(expected_TV.abs().max()))
+    difference = float((found_TV - expected_TV).abs().max()) if found_TV.shape == expected_TV.shape else float("inf")
+    if not difference <= tolerance:
+        raise CheckpointError(
+            f"the exported model differs from the adapter by {difference:.4g} in a logit; at most {tolerance:.4g} is "
+            "rounding",
+            hint="nothing was left behind; please report this with the model's name",
+        )
+    return difference, tolerance
+
+
+def _load_gguf(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
+    """The file as transformers reads it; its reader knows no scaling of rotary embeddings, so that is given to it."""
+    config: Any = model.config if rope_parameters(model.config).get("rope_type") == "llama3" else None
+    loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=GGUF_NAME, dtype=torch.float32, **({"config": config} if config is not None else {})
+    )
+    return loaded
+
+
+def modelfile(tokenizer: PreTrainedTokenizerBase, run: RunData) -> str:
+    """The Modelfile of Ollama: ChatML as a template of its own, others as Ollama recognises them in the GGUF file."""
+    assert run.plan is not None
+    lines = [f"FROM ./{GGUF_NAME}", f"PARAMETER num_ctx {run.plan.choices.max_length}"]
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    if "<|im_start|>" in template:
+        lines += [
+            'TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}',
+            "{{ .Content }}<|im_end|>",
+            "{{ end }}<|im_start|>assistant",
+            '"""',
+            'PARAMETER stop "<|im_end|>"',
+        ]
+    elif tokenizer.eos_token:
+        lines.append(f"PARAMETER stop {json.dumps(str(tokenizer.eos_token))}")
+    return "\n".join(lines) + "\n"
+
+
+def _push(folder: Path, repository: str, observer: Observer) -> str:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    observer.stage_started(f"uploading to {repository}")
+    upload: Callable[[], Any] = lambda: HfApi().upload_folder(repo_id=repository, folder_path=folder)  # noqa: E731
+    try:
+        HfApi().create_repo(repository, private=True, exist_ok=True)
+        return str(upload())
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise LarasError(
+            f"{folder} is complete, but cannot be pushed to {repository}: {str(error).splitlines()[0]}",
+            hint="log in with `hf auth login`, check the name, and push again from that folder with `hf upload`",
+        ) from None

@@ -1,0 +1,170 @@
+"""A model as a GGUF file, for llama.cpp and what is built on it.
+
+The families differ in little: Llama's and Mistral's queries and keys are reordered for llama.cpp's rotation of
+neighbouring pairs, Gemma's norms are stored with the one added that its layers add.
+
+Source: llama.cpp, convert_hf_to_gguf.py, classes LlamaModel, Qwen2Model, Qwen3Model, Phi3MiniModel, Gemma2Model and
+Gemma3Model; docs/gguf.md of ggml.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+import gguf
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from laras.errors import ConfigError
+from laras.reporting.gguf_tokenizer import write_tokenizer
+
+Quantization = Literal["f16", "q8_0"]
+_Q8_BLOCK = 32
+
+# model_type of transformers → architecture of GGUF.
+FAMILIES: dict[str, gguf.MODEL_ARCH] = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "phi3": gguf.MODEL_ARCH.PHI3,
+    "gemma2": gguf.MODEL_ARCH.GEMMA2,
+    "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
+}
+_FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
+
+
+def require_family(config: Any) -> gguf.MODEL_ARCH:
+    """The GGUF architecture of a model.
+
+    Raises:
+        ConfigError: When the family, or its kind of rotary embedding, is not one of those written here.
+    """
+    hint = "export with --format merged and convert it with llama.cpp's own script"
+    if config.model_type not in FAMILIES:
+        raise ConfigError(
+            f"GGUF is written for {', '.join(sorted(FAMILIES))}; this model is of type {config.model_type}", hint=hint
+        )
+    if (kind := rope_parameters(config).get("rope_type", "default")) not in ("default", "llama3"):
+        raise ConfigError(f"GGUF with rotary embeddings of type {kind} is not written here", hint=hint)
+    return FAMILIES[config.model_type]
+
+
+def rope_parameters(config: Any) -> dict[str, Any]:
+    """Parameters of the rotary embedding, of the layers with full attention where kinds differ."""
+    parameters = dict(config.rope_parameters or {})
+    return dict(parameters.get("full_attention", parameters))
+
+
+def write_gguf(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, quantization: Quantization, name: str
+) -> None:
+    """Writes weights, architecture, tokenizer and chat template.
+
+    Args:
+        model: Unquantised, without adapter.
+        tokenizer: Its tokenizer.
+        path: The file to write.
+        quantization: Matrices as float16, or in blocks of 32 eight-bit numbers; vectors stay float32.
+        name: Shown by tools that load the file.
+
+    Raises:
+        ConfigError: As `require_family` and `gguf_tokenizer`.
+    """
+    config: Any = model.config
+    architecture = require_family(config)
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
+    writer.add_name(name)
+    _write_architecture(writer, config, quantization)
+    write_tokenizer(writer, tokenizer, config.vocab_size)
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
+    tied = bool(config.tie_word_embeddings)
+    for key, tensor in model.state_dict().items():
+        if tied and key == "lm_head.weight":
+            continue
+        gguf_name = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
+            raise ConfigError(f"the tensor {key} has no place in a GGUF file of type {config.model_type}")
+        _add_tensor(writer, gguf_name, _arranged(key, tensor, config), quantization)
+    if rope_parameters(config).get("rope_type") == "llama3":
+        writer.add_tensor("rope_freqs.weight", llama3_frequency_factors(config))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama3_frequency_factors(config: Any) -> npt.NDArray[np.float32]:
+    """What llama.cpp divides each rotary frequency by, shape (head_dim / 2,).
+
+    Source: transformers, modeling_rope_utils.py, `_compute_llama3_parameters`: frequencies whose wave is longer than
+    the old context are divided by the factor, short waves are kept, those between are blended.
+    """
+    rope = rope_parameters(config)
+    factor, low, high = rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"]
+    context, dim = rope["original_max_position_embeddings"], _head_dim(config)
+    wavelengths = 2 * math.pi * rope["rope_theta"] ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
+    smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)
+    factors: npt.NDArray[np.float32] = (1 / ((1 - smooth) / factor + smooth)).astype(np.float32)
+    return factors
+
+
+def _write_architecture(writer: gguf.GGUFWriter, config: Any, quantization: Quantization) -> None:
+    rope = rope_parameters(config)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_rope_dimension_count(_head_dim(config))
+    writer.add_key_length(_head_dim(config))
+    writer.add_value_length(_head_dim(config))
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_file_type(_FILE_TYPES[quantization])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    if config.model_type in ("gemma2", "gemma3_text", "phi3") and config.sliding_window:
+        writer.add_sliding_window(config.sliding_window)
+    if config.model_type == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
+
+
+def _arranged(key: str, tensor: torch.Tensor, config: Any) -> npt.NDArray[np.float32]:
+    values: npt.NDArray[np.float32] = tensor.detach().to(torch.float32).cpu().numpy()
+    if config.model_type in ("llama", "mistral"):
+        if ".q_proj." in key:
+            return _interleaved(values, config.num_attention_heads)
+        if ".k_proj." in key:
+            return _interleaved(values, config.num_key_value_heads)
+    if config.model_type.startswith("gemma") and key.endswith("norm.weight"):
+        return values + 1
+    return values
+
+
+def _interleaved(values: npt.NDArray[np.float32], heads: int) -> npt.NDArray[np.float32]:
+    """Rows of each head reordered: transformers rotates the first half against the second, llama.cpp neighbours."""
+    halves = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+    return halves.swapaxes(1, 2).reshape(values.shape)
+
+
+def _add_tensor(
+    writer: gguf.GGUFWriter, name: str, values: npt.NDArray[np.float32], quantization: Quantization
+) -> None:
+    if values.ndim < 2:
+        writer.add_tensor(name, np.ascontiguousarray(values))
+    elif quantization == "q8_0" and values.shape[-1] % _Q8_BLOCK == 0:
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor(name, gguf.quants.quantize(values, kind), raw_dtype=kind)
+    else:
+        writer.add_tensor(name, values.astype(np.float16))
+
+
+def _head_dim(config: Any) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)

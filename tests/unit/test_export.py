@@ -1,0 +1,288 @@
+"""What is exported loads with other tools and computes what the tuned model computes; what does not is not left."""
+
+from __future__ import annotations
+
+import json
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM, PeftModel
+from tokenizers import Tokenizer, decoders, models, normalizers, trainers
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast, pipeline
+
+import tiny_models
+from example_run import write_example_run
+from laras.config import RunConfig
+from laras.errors import CheckpointError, ConfigError, LarasError, RunStateError
+from laras.reporting import export, gguf_file, model_card
+from laras.reporting.export import export_run
+from laras.reporting.gguf_file import llama3_frequency_factors
+from laras.reporting.gguf_tokenizer import gguf_tokenizer
+
+PROMPT = "a short line about salt and what"
+
+
+def logits(model, ids):
+    with torch.inference_mode():
+        return model.eval()(input_ids=torch.tensor([ids])).logits.float()
+
+
+def reference(run, base):
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "final")
+    ids = AutoTokenizer.from_pretrained(run / "final")(PROMPT)["input_ids"]
+    return logits(model, ids), ids
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    base = tiny_models.base_model("llama", folder / "base")
+    return tiny_models.finished_run(folder / "run", base), base
+
+
+def test_an_adapter_loads_with_peft_alone_and_computes_the_same(llama, tmp_path):
+    run, base = llama
+    done = export_run(run, "adapter", output=tmp_path / "out")
+    expected, ids = reference(run, base)
+    model = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(logits(model, ids), expected)
+    assert done.max_logit_difference is None
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_adapter_of_the_builtin_model_names_the_base_that_others_can_load(tmp_path, llama):
+    run = tiny_models.finished_run(tmp_path / "run", llama[1])
+    text = (run / "config.yaml").read_text().replace(str(llama[1]), "builtin:smollm2-135m")
+    (run / "config.yaml").write_text(text)
+    export_run(run, "adapter", output=tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    card = (tmp_path / "out" / "README.md").read_text()
+    metadata = yaml.safe_load(card.split("---")[1])
+    assert metadata["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert metadata["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_weights_keep_the_dtype_of_the_base_and_load_in_a_pipeline(tmp_path, dtype):
+    base = tiny_models.base_model("qwen2", tmp_path / "base", dtype)
+    run = tiny_models.finished_run(tmp_path / "run", base)
+    done = export_run(run, "merged")
+    assert done.path == run / "export" / "merged"
+    assert 0 <= done.max_logit_difference <= done.tolerance
+    loaded = AutoModelForCausalLM.from_pretrained(done.path)
+    assert loaded.dtype == dtype
+    assert not list(done.path.glob("adapter*"))
+    expected, ids = reference(run, base)
+    assert (logits(loaded, ids) - expected).abs().max() <= done.tolerance
+    changed_by_tuning = (logits(AutoModelForCausalLM.from_pretrained(base), ids) - expected).abs().max()
+    assert changed_by_tuning > 2 * done.tolerance  # the tolerance can tell the tuned model from its base
+    chat = pipeline("text-generation", model=str(done.path), device="cpu")
+    answer = chat([{"role": "user", "content": "sea"}], max_new_tokens=3, do_sample=False)
+    assert answer[0]["generated_text"][-1]["role"] == "assistant"
+
+
+def test_a_merge_that_computes_something_else_fails_and_leaves_nothing(llama, tmp_path, monkeypatch):
+    merge = export._merge
+
+    def wrong(run, final):
+        model, expected = merge(run, final)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+        return model, expected
+
+    monkeypatch.setattr(export, "_merge", wrong)
+    for form in ("merged", "gguf"):
+        with pytest.raises(CheckpointError, match="differs from the adapter by"):
+            export_run(llama[0], form, output=tmp_path / "out")
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("family", sorted(tiny_models.FAMILIES))
+@pytest.mark.parametrize("quantization", ["f16", "q8_0"])
+def test_gguf_of_every_family_loads_back_and_computes_the_same(tmp_path, family, quantization):
+    base = tiny_models.base_model(family, tmp_path / "base")
+    run = tiny_models.finished_run(tmp_path / "run", base)
+    done = export_run(run, "gguf", quantization=quantization)
+    expected, ids = reference(run, base)
+    loaded = AutoModelForCausalLM.from_pretrained(done.path, gguf_file="model.gguf")
+    scale = expected.abs().max()
+    assert (logits(loaded, ids) - expected).abs().max() <= (0.01 if quantization == "f16" else 0.06) * scale
+    reader = gguf.GGUFReader(done.path / "model.gguf")
+    kinds = {tensor.tensor_type.name for tensor in reader.tensors}
+    assert kinds == ({"F16", "F32"} if quantization == "f16" else {"Q8_0", "F32"})
+    assert reader.get_field("tokenizer.chat_template").contents() == tiny_models.CHATML
+    words = AutoTokenizer.from_pretrained(run / "final")
+    tokens = reader.get_field("tokenizer.ggml.tokens").contents()
+    assert tokens[: len(words)] == words.convert_ids_to_tokens(range(len(words)))
+    assert reader.get_field("tokenizer.ggml.eos_token_id").contents() == words.eos_token_id
+
+
+def test_gguf_of_an_untied_llama_with_scaled_rotation_holds_the_frequency_factors(tmp_path):
+    rope = {
+        "rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    }  # fmt: skip
+    base = tiny_models.base_model("llama", tmp_path / "base", rope_parameters=rope, tie_word_embeddings=False)
+    run = tiny_models.finished_run(tmp_path / "run", base)
+    done = export_run(run, "gguf")
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(done.path / "model.gguf").tensors}
+    assert "output.weight" in tensors
+    model = AutoModelForCausalLM.from_pretrained(base)
+    plain = 1 / 10000.0 ** (np.arange(0, 16, 2) / 16)
+    np.testing.assert_allclose(plain / tensors["rope_freqs.weight"].data, model.model.rotary_emb.inv_freq, rtol=1e-5)
+    np.testing.assert_allclose(llama3_frequency_factors(model.config), tensors["rope_freqs.weight"].data)
+
+
+def test_a_family_or_rotation_that_gguf_is_not_written_for_is_refused_by_name(tmp_path):
+    base = tiny_models.base_model("gpt_neox", tmp_path / "base")
+    run = tiny_models.finished_run(tmp_path / "run", base)
+    with pytest.raises(ConfigError, match="gpt_neox"):
+        export_run(run, "gguf")
+    assert not (run / "export" / "gguf-f16").exists()
+    scaled = AutoModelForCausalLM.from_pretrained(tiny_models.base_model("llama", tmp_path / "llama")).config
+    scaled.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(ConfigError, match="yarn"):
+        gguf_file.require_family(scaled)
+
+
+def test_an_ollama_export_has_a_modelfile_beside_the_weights(llama, tmp_path):
+    done = export_run(llama[0], "ollama", output=tmp_path / "out", quantization="q8_0")
+    text = (done.path / "Modelfile").read_text()
+    assert text.startswith("FROM ./model.gguf\nPARAMETER num_ctx 256\n")
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    assert (done.path / "model.gguf").is_file()
+
+
+def test_a_modelfile_of_another_template_leaves_it_to_ollama(llama):
+    words = tiny_models.tokenizer()
+    words.chat_template = None
+    text = export.modelfile(words, export.load_run_data(llama[0]))
+    assert "TEMPLATE" not in text
+    assert 'PARAMETER stop "<|im_end|>"' in text
+    words.eos_token = None
+    assert "stop" not in export.modelfile(words, export.load_run_data(llama[0]))
+
+
+def test_whole_weights_are_copied_and_have_no_adapter(tmp_path, llama):
+    run = tiny_models.finished_run(tmp_path / "run", llama[1], method="full")
+    done = export_run(run, "merged")
+    assert (done.path / "model.safetensors").read_bytes() == (run / "final" / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="no adapter"):
+        export_run(run, "adapter")
+    assert export_run(run, "gguf").max_logit_difference is not None
+
+
+def test_only_a_finished_run_and_a_free_folder_are_accepted(tmp_path, llama):
+    going = write_example_run(tmp_path / "going", finished=False, steps=20)
+    with pytest.raises(RunStateError, match="has not finished"):
+        export_run(going, "adapter")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(RunStateError, match="exists already"):
+        export_run(llama[0], "adapter", output=tmp_path / "out")
+
+
+def test_a_missing_or_damaged_final_model_is_named(tmp_path, llama):
+    run = write_example_run(tmp_path / "run", steps=20)
+    with pytest.raises(CheckpointError, match="final is missing"):
+        export_run(run, "adapter")
+    broken = tiny_models.finished_run(tmp_path / "broken", llama[1])
+    (broken / "final" / "adapter_config.json").write_text("{")
+    with pytest.raises(CheckpointError, match="adapter_config.json cannot be read"):
+        export_run(broken, "adapter")
+    (broken / "final" / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match="no usable adapter"):
+        export_run(broken, "merged")
+
+
+def test_without_validation_rows_a_sentence_is_the_probe(tmp_path, llama):
+    run = tiny_models.finished_run(tmp_path / "run", llama[1])
+    (run / "splits" / "validation.parquet").unlink()
+    assert export_run(run, "merged").max_logit_difference is not None
+
+
+def test_the_model_card_tells_scores_data_settings_and_how_to_load(llama, tmp_path):
+    card = (export_run(llama[0], "merged", output=tmp_path / "out").path / "README.md").read_text()
+    for part in ("| base | 2.3100 (2.2400 to 2.3900)", "| tuned | 1.1600", "opened 2 time(s)", "SHA-256", "rank: 8",
+                 "pipeline(", "licence of the base is not known"):  # fmt: skip
+        assert part in card
+    assert "base_model" not in yaml.safe_load(card.split("---")[1])  # a folder of this machine is no name for others
+
+
+def test_the_licence_is_read_from_the_base_folder(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# x\n")
+    assert model_card.base_license(str(tmp_path)) == "mit"
+    (tmp_path / "README.md").write_text("no metadata")
+    assert model_card.base_license(str(tmp_path)) is None
+    assert model_card.base_license("owner/absent") is None
+
+
+def test_a_card_of_a_run_without_records_says_so(tmp_path):
+    run = write_example_run(tmp_path / "run", steps=20, evaluated=False)
+    for name in ("profile", "plan"):
+        (run / "records" / f"{name}.json").unlink()
+    card = model_card.model_card(export.load_run_data(run), "gguf", "owner/base", "q8_0")
+    assert "Not scored." in card
+    assert card.count("Not recorded.") == 2
+
+
+def test_a_push_that_fails_says_that_the_export_is_complete(llama, tmp_path):
+    with pytest.raises(LarasError, match="is complete, but cannot be pushed"):  # the tests have no network
+        export_run(llama[0], "adapter", output=tmp_path / "out", push="owner/name")
+    assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
+
+
+def sentencepiece_like():
+    core = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    core.normalizer = normalizers.Replace(" ", "▁")
+    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<unk>", "<s>", "</s>"]
+    alphabet = [f"<0x{byte:02X}>" for byte in range(256)]
+    core.train_from_iterator(tiny_models.TEXT, trainers.BpeTrainer(vocab_size=400, special_tokens=special + alphabet))
+    return PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+
+
+def test_scores_of_a_sentencepiece_vocabulary_fall_in_the_order_of_the_merges():
+    fields = gguf_tokenizer(sentencepiece_like(), 450)
+    assert fields.kind == "llama"
+    place = {token: index for index, token in enumerate(fields.tokens)}
+    ranks = [fields.scores[place[pair.replace(" ", "", 1)]] for pair in fields.merges]
+    assert ranks == sorted(ranks, reverse=True)
+    assert fields.types[place["<unk>"]] == gguf.TokenType.UNKNOWN
+    assert fields.types[449] == gguf.TokenType.UNUSED
+
+
+@pytest.mark.parametrize(
+    ("state", "name"),
+    [
+        ({"type": "ByteLevel", "use_regex": True}, "gpt-2"),
+        ({"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True},
+                                                {"type": "ByteLevel", "use_regex": True}]}, "smollm"),
+    ],
+)  # fmt: skip
+def test_word_splitting_is_named_as_llama_cpp_names_it(state, name):
+    from laras.reporting.gguf_tokenizer import _pre_tokenizer_name
+
+    assert _pre_tokenizer_name(state) == name
+    tail = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    head = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+    for numbers, expected in ((r"\p{N}{1,3}", "llama-bpe"), (r"\p{N}", "qwen2")):
+        split = {"type": "Split", "pattern": {"Regex": head + numbers + tail}}
+        assert _pre_tokenizer_name({"type": "Sequence", "pretokenizers": [split]}) == expected
+    with pytest.raises(ConfigError, match="no known name"):
+        _pre_tokenizer_name({"type": "Whitespace"})
+
+
+def test_a_tokenizer_that_is_not_bpe_is_refused():
+    core = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    with pytest.raises(ConfigError, match="WordLevel"):
+        gguf_tokenizer(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>"), 1)
+
+
+def test_the_run_configuration_of_the_fixture_is_real(llama):
+    assert export.load_run_data(llama[0]).config == RunConfig(
+        run_name="run", model_name_or_path=str(llama[1]), max_length=256
+    )
