@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from laras.data.masks import SpecialTokens, label_tokens
+from laras.data.masks import SpecialTokens, range_by_offsets
 from laras.data.render import Encoded, RenderProblem, build_renderer
 from laras.errors import DataError
 
@@ -280,7 +280,7 @@ def test_completion_and_its_end_carry_the_loss_and_the_prompt_none(prompt, compl
 
 @pytest.mark.parametrize(
     ("format", "only", "example"),
-    [("text", True, {"text": "once"}), ("alpaca", False, {"prompt": "on", "completion": "ce"})],
+    [("text", True, {"text": "once"}), ("prompt-completion", False, {"prompt": "on", "completion": "ce"})],
 )
 def test_every_token_of_a_text_and_its_end_carries_loss(format, only, example):
     renderer = build_renderer(TOKENIZER, format, only)
@@ -360,4 +360,4 @@ def test_span_without_a_special_token_near_stays():
 
 
 def test_bytes_of_one_character_share_its_label():
-    assert label_tokens([5, 6, 7, 8], [(0, 1), (1, 2), (1, 2), (2, 3)], [(1, 2)]) == [-100, 6, 7, -100]
+    assert range_by_offsets([(0, 1), (1, 2), (1, 2), (2, 3)], (1, 2)) == (1, 3)

@@ -10,6 +10,10 @@ import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import takewhile
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
 
 IGNORED_LABEL = -100  # Source: torch.nn.CrossEntropyLoss, default of `ignore_index`
 
@@ -119,19 +123,29 @@ def _answer_start(text: str, before: Sequence[Message], render: Render) -> int:
     return shared
 
 
-def label_tokens(input_ids: Sequence[int], offsets: Sequence[Span], spans: Iterable[Span]) -> list[int]:
-    """Labels: the id of each token with a character inside a span, `IGNORED_LABEL` for the others.
+def token_range(encoding: Encoding, span: Span, text_length: int) -> tuple[int, int]:
+    """First and past-the-last index of the tokens with a character inside the span.
+
+    Asks the encoding for the two edges, which spares the offsets of all its tokens; where an edge is not that of one
+    token (bytes of one character, characters that the tokenizer drops) the offsets decide.
 
     Args:
-        input_ids: Token ids, shape (T,).
-        offsets: Character range of each token, shape (T, 2), ascending. Tokens that are bytes of one character
-            share its range.
-        spans: Character ranges that carry loss.
+        encoding: Of the text, with offsets in characters.
+        span: Character range, not empty.
+        text_length: Characters of the text.
     """
-    starts = [start for start, _ in offsets]
-    ends = [end for _, end in offsets]
-    labels = [IGNORED_LABEL] * len(input_ids)
-    for start, end in spans:
-        first, stop = bisect_right(ends, start), bisect_left(starts, end)
-        labels[first:stop] = input_ids[first:stop]
-    return labels
+    start, end = span
+    first = encoding.char_to_token(start)
+    stop = len(encoding) if end >= text_length else encoding.char_to_token(end)
+    if first is not None and stop is not None:
+        before = encoding.token_to_chars(stop - 1) if stop else None
+        after = encoding.token_to_chars(stop) if stop < len(encoding) else (end, end)
+        if before is not None and before[0] < end and after is not None and after[0] >= end:
+            return first, stop
+    return range_by_offsets(encoding.offsets, span)
+
+
+def range_by_offsets(offsets: Sequence[Span], span: Span) -> tuple[int, int]:
+    """The same from the character range of each token, ascending; bytes of one character share its range."""
+    start, end = span
+    return bisect_right([stop for _, stop in offsets], start), bisect_left([begin for begin, _ in offsets], end)

@@ -7,7 +7,8 @@ turned into tokens last: see `laras.data.masks`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,16 +19,21 @@ from laras.data.masks import (
     SpecialTokens,
     UnverifiedSpanError,
     derived_spans,
-    label_tokens,
     marked_spans,
+    token_range,
 )
+from laras.data.skeleton import Skeleton, build_skeleton, is_plain
 from laras.errors import DataError
 from laras.records import Format
 
 if TYPE_CHECKING:
+    from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
 MaskSource = Literal["generation-markers", "derived", "boundary", "all-tokens"]
+
+CHAT_FORMATS: tuple[Format, ...] = ("messages", "sharegpt", "alpaca")
+_MOST_SKELETONS = 10_000
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TEMPLATE_HINT = "name a Jinja file that does with `chat_template: file.jinja`"
@@ -89,13 +95,39 @@ class Renderer:
         self._special = SpecialTokens(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._bos = _bos_of(tokenizer)
         self._eos = str(tokenizer.eos_token or "")
+        self._special_names: dict[str, Any] = dict(tokenizer.special_tokens_map)
+        self._skeletons: dict[tuple[str, ...], Skeleton | None] = {}
 
     def encode(self, examples: Sequence[Mapping[str, Any]]) -> list[Encoded | RenderProblem]:
         """Renders and tokenises a batch; the results stand in the order of the examples."""
-        results: list[_Draft | RenderProblem] = [self._draft(example) for example in examples]
-        drafts = [result for result in results if isinstance(result, _Draft)]
-        encoded = iter(self._tokenise(drafts))
-        return [next(encoded) if isinstance(result, _Draft) else result for result in results]
+        (results,) = self.encode_batches([examples])
+        return results
+
+    def encode_batches(
+        self, batches: Iterable[Sequence[Mapping[str, Any]]]
+    ) -> Iterator[list[Encoded | RenderProblem]]:
+        """Renders and tokenises batch after batch; tokenising one runs beside reading and rendering the next.
+
+        The tokenizer works outside Python's lock, on as many cores as it finds, so that a thread is enough to keep
+        them busy; processes would first have to import and load everything anew.
+        """
+        with ThreadPoolExecutor(max_workers=1) as pool:
+            waiting = None
+            for batch in batches:
+                results = [self._draft(example) for example in batch]
+                drafts = [result for result in results if isinstance(result, _Draft)]
+                submitted = (results, drafts, pool.submit(self._tokenise, drafts))
+                if waiting is not None:
+                    yield self._labelled(waiting[0], waiting[1], waiting[2].result())
+                waiting = submitted
+            if waiting is not None:
+                yield self._labelled(waiting[0], waiting[1], waiting[2].result())
+
+    def _labelled(
+        self, results: Sequence[_Draft | RenderProblem], drafts: Sequence[_Draft], encodings: Sequence[Encoding]
+    ) -> list[Encoded | RenderProblem]:
+        labelled = (self._label(draft, encoding) for draft, encoding in zip(drafts, encodings, strict=True))
+        return [next(labelled) if isinstance(result, _Draft) else result for result in results]
 
     def _draft(self, example: Mapping[str, Any]) -> _Draft | RenderProblem:
         if "messages" in example:
@@ -116,7 +148,7 @@ class Renderer:
             if self.mask_source == "generation-markers":
                 return _Draft(text, marked_spans(text, marks, self._special))
             if self.mask_source == "derived":
-                return _Draft(text, derived_spans(text, messages, self._render_part, self._special))
+                return _Draft(text, self._derived_spans(text, messages))
             return _Draft(text, None)
         except UnverifiedSpanError as error:
             return RenderProblem(str(error))
@@ -124,19 +156,38 @@ class Renderer:
         except (TemplateError, TypeError) as error:
             return RenderProblem(f"the chat template refuses the conversation: {error}")
 
+    def _derived_spans(self, text: str, messages: Sequence[Message]) -> list[Span]:
+        """From what the template writes around any contents of these roles, else from this conversation alone."""
+        if is_plain(messages):
+            roles = tuple(message["role"] for message in messages)
+            if roles not in self._skeletons and len(self._skeletons) < _MOST_SKELETONS:
+                self._skeletons[roles] = self._build_skeleton(roles)
+            skeleton = self._skeletons.get(roles)
+            spans = skeleton.spans(text, [message["content"] for message in messages]) if skeleton else None
+            if spans is not None:
+                return spans
+        return derived_spans(text, messages, self._render_part, self._special)
+
+    def _build_skeleton(self, roles: Sequence[str]) -> Skeleton | None:
+        from jinja2 import TemplateError
+
+        try:
+            return build_skeleton(roles, self._render_part, self._special)
+        except (TemplateError, TypeError):
+            return None  # the template asks for something that made-up contents do not have
+
     def _render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> tuple[str, list[Span]]:
         """The text, and the ranges that the template marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
         marked = self.mask_source == "generation-markers"
-        special_tokens: dict[str, Any] = dict(self._tokenizer.special_tokens_map)
         # Declared to return a string; returns the texts and the marks of all conversations.
         rendered: Any = render_jinja_template(
             [[dict(message) for message in messages]],
             chat_template=self._chat_template,
             return_assistant_tokens_mask=marked,
             add_generation_prompt=generation_prompt,
-            **special_tokens,
+            **self._special_names,
         )
         texts, marks = rendered
         return texts[0], marks[0] if marked else []
@@ -147,7 +198,7 @@ class Renderer:
     def _with_eos(self, text: str) -> str:
         return text if self._eos and text.endswith(self._eos) else text + self._eos
 
-    def _tokenise(self, drafts: Sequence[_Draft]) -> list[Encoded | RenderProblem]:
+    def _tokenise(self, drafts: Sequence[_Draft]) -> list[Encoding]:
         if not drafts:
             return []
         batch = self._tokenizer(
@@ -156,25 +207,34 @@ class Renderer:
             padding=False,
             truncation=False,
             return_attention_mask=False,
-            return_offsets_mapping=True,
+            return_token_type_ids=False,
             verbose=False,
         )
-        return [
-            self._label(draft, input_ids, offsets)
-            for draft, input_ids, offsets in zip(drafts, batch["input_ids"], batch["offset_mapping"], strict=True)
-        ]
+        return list(batch.encodings or ())
 
-    def _label(self, draft: _Draft, input_ids: list[int], offsets: list[Span]) -> Encoded | RenderProblem:
-        labels = list(input_ids) if draft.spans is None else label_tokens(input_ids, offsets, draft.spans)
-        if all(label == IGNORED_LABEL for label in labels):
-            return RenderProblem("no token of the example carries loss")
-        # Chat templates write their own first token.
-        if self._chat_template is None and self._bos and input_ids[0] != self._bos[0]:
-            # The id, not the text: some tokenizers treat the first word differently after a written token.
+    def _label(self, draft: _Draft, encoding: Encoding) -> Encoded | RenderProblem:
+        input_ids, text = encoding.ids, draft.text
+        if draft.spans is None:
+            labels = list(input_ids)
+        else:
+            labels = [IGNORED_LABEL] * len(input_ids)
+            for span in draft.spans:
+                first, stop = token_range(encoding, span, len(text))
+                labels[first:stop] = input_ids[first:stop]
+        # Chat templates write their own first token. By id, not by text: some tokenizers treat the first word
+        # differently after a written token.
+        if self._chat_template is None and self._bos and input_ids[:1] != [self._bos[0]]:
             bos_id, bos_text = self._bos
             first_label = bos_id if draft.spans is None else IGNORED_LABEL
-            return Encoded([bos_id, *input_ids], [first_label, *labels], bos_text + draft.text)
-        return Encoded(input_ids, labels, draft.text)
+            input_ids, labels, text = [bos_id, *input_ids], [first_label, *labels], bos_text + text
+        if not target_count(labels):
+            return RenderProblem("no token of the example carries loss")
+        return Encoded(input_ids, labels, text)
+
+
+def target_count(labels: Sequence[int]) -> int:
+    """Tokens that carry loss. The first token is predicted by nothing, so its label never counts."""
+    return max(0, len(labels) - 1 - labels[1:].count(IGNORED_LABEL))
 
 
 def build_renderer(
@@ -201,7 +261,7 @@ def build_renderer(
             f"{type(tokenizer).__name__} is a slow tokenizer, which gives no character offsets",
             hint="use a model whose repository has a tokenizer.json",
         )
-    if format not in ("messages", "sharegpt"):
+    if format not in CHAT_FORMATS:
         boundary = completion_only_loss and format != "text"
         return Renderer(tokenizer, "boundary" if boundary else "all-tokens", None)
     if chat_template is None and not tokenizer.chat_template:

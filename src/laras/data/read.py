@@ -1,0 +1,253 @@
+"""Rows of one data file, each with its line, or with the reason why it cannot be read.
+
+JSONL and CSV are read line by line here, since the readers of `datasets` and `pyarrow` stop at the first malformed
+line without naming it. A damaged line costs that row alone; a file that cannot be read at all is a `DataError`.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import orjson
+
+from laras.errors import DataError
+
+MAX_LINE_BYTES = 64 * 2**20  # a longer line is no example but a file without line ends
+_BATCH_ROWS = 1_000
+
+
+class SourceRow(NamedTuple):
+    """One row of a file.
+
+    Attributes:
+        line: 1-based line of JSONL and CSV, row number elsewhere.
+        value: What the row holds; None where `reason` says why it holds nothing.
+        reason: Why the row cannot be read.
+    """
+
+    line: int
+    value: Any
+    reason: str | None
+
+
+def file_rows(path: Path) -> Iterator[SourceRow]:
+    """Rows in the order of the file; blank lines are no rows.
+
+    Raises:
+        DataError: When the file as a whole cannot be read.
+    """
+    try:
+        yield from READERS[path.suffix.lower()](path)
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}", hint="check the file and its permissions") from None
+
+
+def _jsonl_rows(path: Path) -> Iterator[SourceRow]:
+    loads = orjson.loads
+    for number, line, ended in _lines(path):
+        if isinstance(line, str):
+            yield SourceRow(number, None, line)
+            continue
+        try:
+            yield SourceRow(number, loads(line), None)
+        except orjson.JSONDecodeError:
+            if line.strip():
+                yield _second_opinion(number, line, ended)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes | str, bool]]:
+    """Number, content (or what is wrong with it) and whether a line end follows, without ever holding a huge line."""
+    with path.open("rb") as file:
+        start = file.read(3)
+        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise DataError(f"{path}:1: the file is UTF-16, not UTF-8", hint="save it as UTF-8")
+        if start != b"\xef\xbb\xbf":  # a byte order mark is skipped
+            file.seek(0)
+        number = 0
+        while line := file.readline(MAX_LINE_BYTES + 1):
+            number += 1
+            if len(line) <= MAX_LINE_BYTES or line.endswith(b"\n"):
+                yield number, line, line.endswith(b"\n")
+                continue
+            size = len(line)
+            while not line.endswith(b"\n") and (line := file.readline(MAX_LINE_BYTES)):
+                size += len(line)
+            yield number, f"a line of {size:,} bytes; the limit is {MAX_LINE_BYTES:,}", True
+
+
+def _second_opinion(number: int, line: bytes, ended: bool) -> SourceRow:
+    """Why a line is no JSON; or its value, where the standard library is more lenient (NaN, big numbers)."""
+    try:
+        text = line.decode("utf-8")
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        return SourceRow(number, None, f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1}")
+    except UnicodeEncodeError:
+        return SourceRow(number, None, "a \\u escape that is half of a character (a lone surrogate)")
+    except RecursionError:
+        return SourceRow(number, None, "malformed JSON: nested too deeply")
+    except ValueError as error:
+        if not ended:
+            return SourceRow(number, None, "truncated last line: the file ends inside a JSON value")
+        return SourceRow(number, None, f"malformed JSON: {_json_detail(error)}")
+    return SourceRow(number, value, None)
+
+
+def _json_detail(error: ValueError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at column {error.colno}"
+    return str(error)
+
+
+def _json_rows(path: Path) -> Iterator[SourceRow]:
+    """A list of rows, an object with one list, or lines of objects under a name that ends in .json."""
+    content = path.read_bytes()
+    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise DataError(f"{path}:1: the file is UTF-16, not UTF-8", hint="save it as UTF-8")
+    content = content.removeprefix(b"\xef\xbb\xbf")
+    try:
+        document = orjson.loads(content)
+    except orjson.JSONDecodeError:
+        if _is_jsonl(content):
+            yield from _jsonl_rows(path)
+            return
+        document = _lenient_document(path, content)
+    yield from (SourceRow(number, row, None) for number, row in enumerate(_listed(path, document), start=1))
+
+
+def _listed(path: Path, document: Any) -> list[Any]:
+    if isinstance(document, list):
+        return document
+    if isinstance(document, dict):
+        lists = {
+            key: value
+            for key, value in document.items()
+            if isinstance(value, list) and value and all(isinstance(item, dict) for item in value)
+        }
+        # `messages` and `conversations` are lists of objects too: such a document is one example.
+        if len(lists) == 1 and not lists.keys() & {"messages", "conversations"}:
+            return next(iter(lists.values()))
+        if len(lists) < 2:
+            return [document]
+        raise DataError(
+            f"{path}: the object has {len(lists)} lists of rows: {', '.join(lists)}", hint="keep one, or write JSONL"
+        )
+    raise DataError(f"{path}: the file holds neither a list nor an object", hint="write a list of objects, or JSONL")
+
+
+def _is_jsonl(content: bytes) -> bool:
+    first, separator, _ = content.lstrip().partition(b"\n")
+    try:
+        return bool(separator) and isinstance(orjson.loads(first), dict)
+    except orjson.JSONDecodeError:
+        return False
+
+
+def _lenient_document(path: Path, content: bytes) -> Any:
+    try:
+        text = content.decode("utf-8")
+        document = json.loads(text)
+        json.dumps(document, ensure_ascii=False).encode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        problem = f"{path}:{line}: not UTF-8: byte 0x{content[error.start]:02x}"
+        raise DataError(problem, hint="save the file as UTF-8") from None
+    except UnicodeEncodeError:
+        raise DataError(f"{path}: a \\u escape that is half of a character", hint="write the file anew") from None
+    except RecursionError:
+        raise DataError(f"{path}: malformed JSON: nested too deeply", hint="write a list of flat objects") from None
+    except json.JSONDecodeError as error:
+        kind = "truncated JSON" if error.pos >= len(text.rstrip()) else "malformed JSON"
+        raise DataError(
+            f"{path}:{error.lineno}: {kind}: {_json_detail(error)}",
+            hint="write the file anew; in JSONL, one object a line, a damaged line costs one row only",
+        ) from None
+    return document
+
+
+def _csv_rows(path: Path) -> Iterator[SourceRow]:
+    damaged: dict[int, str] = {}
+    lines = _decoded_lines(path, damaged)
+    try:
+        first = next(lines, "")
+        # Spreadsheets of many countries write semicolons.
+        delimiter = max(",;\t", key=first.count)
+        csv.field_size_limit(MAX_LINE_BYTES)
+        reader = csv.reader(_chained(first, lines), delimiter=delimiter, strict=True)
+        header = [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise DataError(f"{path}:1: malformed header: {error}", hint="the first line names the columns") from None
+    if doubled := sorted({name for name in header if header.count(name) > 1}):
+        raise DataError(f"{path}:1: the header names {', '.join(doubled)} twice", hint="give each column its own name")
+    if 1 in damaged:
+        raise DataError(f"{path}:1: the header is {damaged[1]}", hint="save the file as UTF-8")
+    while True:
+        start = reader.line_num + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            ended = "unexpected end" in str(error)
+            reason = "truncated last row: a quote is never closed" if ended else f"malformed CSV: {error}"
+            yield SourceRow(start, None, reason)
+            continue
+        wrong = next((damaged[line] for line in range(start, reader.line_num + 1) if line in damaged), None)
+        if wrong:
+            yield SourceRow(start, None, wrong)
+        elif len(cells) == len(header):
+            yield SourceRow(start, dict(zip(header, cells, strict=True)), None)
+        elif cells:  # a blank line is no row
+            yield SourceRow(start, None, f"{len(cells)} fields where the header has {len(header)}")
+
+
+def _decoded_lines(path: Path, damaged: dict[int, str]) -> Iterator[str]:
+    """Lines as text; what is wrong with one is noted under its number, and its row is then left out."""
+    for number, line, _ in _lines(path):
+        if isinstance(line, str):
+            damaged[number] = line
+            yield "\n"
+            continue
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            damaged[number] = f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1}"
+            yield line.decode("utf-8", "replace")
+
+
+def _chained(first: str, rest: Iterable[str]) -> Iterator[str]:
+    yield first
+    yield from rest
+
+
+def _parquet_rows(path: Path) -> Iterator[SourceRow]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    try:
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield SourceRow(number, row, None)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        detail = (str(error) or type(error).__name__).splitlines()[0]
+        raise DataError(
+            f"{path}: no Parquet file, or a damaged one, after row {number}: {detail}", hint="write the file anew"
+        ) from None
+
+
+READERS: dict[str, Callable[[Path], Iterator[SourceRow]]] = {
+    ".jsonl": _jsonl_rows,
+    ".ndjson": _jsonl_rows,
+    ".json": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": _csv_rows,
+    ".parquet": _parquet_rows,
+}

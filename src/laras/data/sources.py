@@ -1,0 +1,226 @@
+"""What the `dataset` of a configuration names: files, a folder, a glob, a built-in set, a dataset of the Hub.
+
+Every source is one file, or one table of the Hub, whose rows come with their line. All problems of finding them are
+raised together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from laras.config import BUILTIN_DATASET, DatasetFiles
+from laras.data.read import READERS, SourceRow, file_rows
+from laras.errors import DataError
+from laras.records import SourceFile, SplitName
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_PART_NAMES: dict[str, SplitName] = {
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "eval": "validation",
+    "test": "test",
+}
+_HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(:[\w.-]+){0,2}")
+_KINDS = f"data files end in {', '.join(READERS)}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one origin.
+
+    Attributes:
+        record: The file as the profile records it; its path is the name that problems are shown under.
+        part: The split it was given for; None where Laras divides the rows.
+        rows: Reads them from the start.
+    """
+
+    record: SourceFile
+    part: SplitName | None
+    rows: Callable[[], Iterator[SourceRow]]
+
+
+def find_sources(dataset: str | DatasetFiles) -> list[Source]:
+    """Sources in a stable order: train first, then validation, then test; files sorted by path.
+
+    Raises:
+        DataError: Names everything that is missing, empty, or holds no data.
+    """
+    if isinstance(dataset, str):
+        return _sources_of(dataset, None)
+    train = (dataset.train,) if isinstance(dataset.train, str) else dataset.train
+    wanted: list[tuple[str, SplitName]] = [(name, "train") for name in train]
+    wanted += [(dataset.validation, "validation")] if dataset.validation else []
+    wanted += [(dataset.test, "test")] if dataset.test else []
+    sources: list[Source] = []
+    errors: list[DataError] = []
+    for name, part in wanted:
+        try:
+            sources += _sources_of(name, part)
+        except DataError as error:
+            errors.append(error)
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        hints = dict.fromkeys(error.hint for error in errors if error.hint)
+        problems = [line for error in errors for line in (error.message, *error.problems)]
+        raise DataError(f"{len(errors)} parts of `dataset` cannot be used", problems=problems, hint="; ".join(hints))
+    return sources
+
+
+def _sources_of(name: str, part: SplitName | None) -> list[Source]:
+    if name.startswith("builtin:"):
+        return [_builtin(name, part)]
+    path = Path(name)
+    if path.is_file():
+        return _files([path], part)
+    if path.is_dir():
+        return _folder(path, part)
+    if any(mark in name for mark in "*?["):
+        # The pattern may be absolute, which Path.glob refuses.
+        found = sorted(found for found in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if found.is_file())
+        if not found:
+            raise DataError(f"no file matches {name}", hint="check the pattern; `**` reaches into folders")
+        return _files(found, part)
+    if _HUB_NAME.fullmatch(name) and path.suffix not in READERS:
+        return _hub(name, part)
+    raise DataError(f"no file or folder {name}", hint=_similar_path(path))
+
+
+def _similar_path(path: Path) -> str:
+    folder = path.parent
+    if not folder.is_dir():
+        return f"the folder {folder} does not exist; paths are relative to the configuration file or the working folder"
+    names = [entry.name for entry in folder.iterdir()]
+    close = difflib.get_close_matches(path.name, names, n=1)
+    if close:
+        return f"did you mean {folder / close[0]}?"
+    return "check the path; it is relative to the configuration file or the working folder"
+
+
+def _folder(path: Path, part: SplitName | None) -> list[Source]:
+    entries = sorted(entry for entry in path.rglob("*") if entry.is_file())
+    shown = [entry for entry in entries if not any(p[0] in "._" for p in entry.relative_to(path).parts)]
+    files = [entry for entry in shown if entry.suffix.lower() in READERS]
+    if not files:
+        names = ", ".join(entry.name for entry in shown[:5]) or "no file"
+        raise DataError(f"the folder {path} has no data file; it holds {names}", hint=_KINDS)
+    stems = [_PART_NAMES.get(file.stem.lower()) for file in files]
+    # A folder laid out as train/validation/test keeps its parts: dividing them anew would train on its test rows.
+    if part is None and "train" in stems and len(set(stems)) > 1 and None not in stems:
+        order = ("train", "validation", "test")
+        pairs = sorted(zip(files, stems, strict=True), key=lambda pair: order.index(str(pair[1])))
+        return [source for file, stem in pairs for source in _files([file], stem)]
+    return _files(files, part)
+
+
+def _files(paths: list[Path], part: SplitName | None) -> list[Source]:
+    sources, problems = [], []
+    for path in paths:
+        if path.suffix.lower() not in READERS:
+            problems.append(f"{path}: unknown kind of file {path.suffix!r}")
+            continue
+        try:
+            size = path.stat().st_size
+            digest = hashlib.sha256()
+            with path.open("rb") as file:
+                while block := file.read(1 << 20):
+                    digest.update(block)
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror}")
+            continue
+        if size == 0:
+            problems.append(f"{path}: the file is empty")
+        record = SourceFile(path=str(path), bytes=size, sha256=digest.hexdigest())
+        sources.append(Source(record, part, partial(file_rows, path)))
+    if len(problems) == 1 and len(paths) == 1:
+        raise DataError(problems[0], hint=f"put examples into it, one a row; {_KINDS}")
+    if problems:
+        raise DataError(f"{len(problems)} data files cannot be used", problems=problems, hint=_KINDS)
+    return sources
+
+
+def _builtin(name: str, part: SplitName | None) -> Source:
+    if name != BUILTIN_DATASET:
+        raise DataError(f"no built-in dataset is named {name!r}", hint=f"the built-in dataset is {BUILTIN_DATASET}")
+    import orjson
+
+    from laras.data.builtin import stdlib_rows
+
+    rows = stdlib_rows()
+    text = b"".join(orjson.dumps(row) for row in rows)
+    record = SourceFile(path=name, bytes=len(text), sha256=hashlib.sha256(text).hexdigest())
+    return Source(record, part, lambda: (SourceRow(number, row, None) for number, row in enumerate(rows, start=1)))
+
+
+def _hub(name: str, part: SplitName | None) -> list[Source]:
+    """A dataset named `owner/name`, `owner/name:configuration` or `owner/name:configuration:split`."""
+    path, configuration, split = (*name.split(":"), None, None)[:3]
+    tables = load_tables(path, configuration)
+    if split is not None:
+        if split not in tables:
+            raise DataError(f"{name}: no split {split!r}", hint=f"it has {', '.join(tables)}")
+        return [_table_source(name, tables[split], part)]
+    if part is not None or len(tables) == 1:
+        # A part is taken from the split of its name, or from the only one there is.
+        chosen = part if part in tables else next(iter(tables))
+        if part is not None and part not in tables and len(tables) > 1:
+            raise DataError(f"{name} has no split {part!r}", hint=f"write {path}:default:SPLIT with {', '.join(tables)}")
+        return [_table_source(name, tables[chosen], part)]
+    if "train" not in tables:
+        raise DataError(
+            f"{name} has the splits {', '.join(tables)} and none named train",
+            hint=f"choose one with `dataset: {path}:default:{next(iter(tables))}`",
+        )
+    named = {_PART_NAMES[split]: table for split, table in tables.items() if split in _PART_NAMES}
+    if len(named) == 1:
+        return [_table_source(name, named["train"], None)]
+    return [
+        _table_source(f"{name}:{given}", named[given], given)
+        for given in ("train", "validation", "test")
+        if given in named
+    ]
+
+
+def load_tables(path: str, configuration: str | None) -> dict[str, Dataset]:
+    """The splits of a Hub dataset, downloaded or from its cache.
+
+    Raises:
+        DataError: No such dataset, no network, or no such configuration.
+    """
+    from datasets import load_dataset
+
+    try:
+        return dict(load_dataset(path, configuration))
+    # The libraries below raise some thirty classes for a missing name, a refused login or a broken connection.
+    except Exception as error:
+        detail = " ".join(str(error).split())[:300] or type(error).__name__
+        raise DataError(
+            f"{path!r} is no file or folder here, and no dataset could be loaded from the Hub: {detail}",
+            hint="check the name and the network; write a path with its ending for a file, "
+            "`owner/name:configuration` to choose a configuration, and `hf auth login` for a private dataset",
+        ) from error
+
+
+def _table_source(name: str, table: Dataset, part: SplitName | None) -> Source:
+    # The fingerprint names content and version of a Hub dataset; hashing gigabytes of Arrow again would say no more.
+    digest = hashlib.sha256(f"{name}\0{table._fingerprint}".encode()).hexdigest()
+    record = SourceFile(path=name, bytes=int(table.data.nbytes), sha256=digest)
+    return Source(record, part, partial(_table_rows, table))
+
+
+def _table_rows(table: Dataset) -> Iterator[SourceRow]:
+    for number, row in enumerate(table, start=1):
+        yield SourceRow(number, row, None)
