@@ -24,6 +24,9 @@ PROFILES = ("default", "conservative", "fast-look")
 BUILTIN_MODEL = "builtin:smollm2-135m"
 BUILTIN_DATASET = "builtin:stdlib"
 
+# The built-in example is to end within minutes on a laptop's CPU.
+_EXAMPLE = {"num_train_epochs": 1}
+
 # Keys of Axolotl, LLaMA-Factory, Unsloth and older transformers that mean exactly one of ours.
 ALIASES: dict[str, str] = {
     "base_model": "model_name_or_path",
@@ -180,6 +183,9 @@ class RunConfig(_Frozen):
     save_total_limit: Annotated[int, Field(ge=1)] = 3
     early_stopping_patience: Annotated[int, Field(ge=1)] | None = 5
     early_stopping_min_delta: Annotated[float, Field(ge=0)] = 0.001
+    max_skipped_steps: Annotated[int, Field(ge=1)] = Field(
+        5, description="Steps in a row whose loss or gradient is not finite, after which training stops."
+    )
 
     # Output
     output_dir: str = Field("runs", min_length=1)
@@ -230,6 +236,8 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | S
     override_values, override_problems = _canonical_keys(_parse_overrides(overrides))
     problems += override_problems
     values = _merged(values, override_values)
+    if not {"model_name_or_path", "dataset", "profile"} & values.keys():
+        values = _merged(_EXAMPLE, values)
     profile = values.get("profile", "default")
     if isinstance(profile, str) and profile in PROFILES:
         values = _merged(_profile_values(profile), values)

@@ -168,3 +168,9 @@ def test_any_mapping_gives_a_configuration_or_a_config_error(values: dict[str, o
         assert str(error)
     else:
         assert yaml.safe_load(config_to_yaml(config))["seed"] == config.seed
+
+
+def test_the_built_in_example_is_one_epoch_and_a_users_own_run_is_three(tmp_path: Path) -> None:
+    assert load_config().num_train_epochs == 1
+    assert load_config(None, ["num_train_epochs=2"]).num_train_epochs == 2
+    assert load_config(None, ["dataset=chats.jsonl"]).num_train_epochs == 3
