@@ -272,6 +272,12 @@ class PlanChoices(Value):
     eval_steps: int
     save_steps: int
     logging_steps: int
+    # How much of a fused layer is computed again in backward; read only with gradient_checkpointing, where `none`
+    # stands for `full` (see `laras.models.fused.layer` for the bytes that each keeps).
+    checkpoint_kind: Literal["none", "selective", "full"] = "none"
+    fused_layers: bool = True  # where the architecture allows it; else transformers' own layers
+    mlp_chunk_tokens: int = 4096  # tokens whose gate and up exist at once in a checkpointed fused layer
+    loss_chunk_tokens: int = 1024  # target tokens whose logits exist at once
 
 
 class Alternative(Value):

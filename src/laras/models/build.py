@@ -1,0 +1,123 @@
+"""A model that is ready to train as the plan says: weights, adapter, and the path on which its steps run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from laras.config import RunConfig
+from laras.errors import ConfigError
+from laras.models.attention import VARLEN, register_attention
+from laras.models.fused.model import FusedModel, fused_refusal
+from laras.models.loader import load_model, load_model_config
+from laras.models.lora import attach_lora
+from laras.models.precision import torch_dtype
+from laras.models.step import ExecutionPath
+from laras.progress import Observer
+from laras.records import PlanChoices
+
+
+def build_model(config: RunConfig, choices: PlanChoices, device: str, observer: Observer) -> Any:
+    """Loads the base, attaches the adapter and applies the execution path of the plan.
+
+    Args:
+        config: Names the model and the seed of the adapter.
+        choices: The plan.
+        device: Such as `cpu` or `cuda:0`; `meta` builds the same without weights.
+        observer: Is told the path and why.
+
+    Raises:
+        ConfigError: The model cannot be loaded, or 4-bit and 8-bit weights are asked for on `meta`.
+    """
+    register_attention()
+    model = _base(config, choices, device)
+    if choices.finetuning_type == "lora":
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        model = attach_lora(
+            model,
+            target_modules=choices.target_modules,
+            r=choices.lora_r,
+            alpha=choices.lora_alpha,
+            dropout=choices.lora_dropout,
+            use_rslora=choices.use_rslora,
+            use_dora=choices.use_dora,
+            seed=config.seed,
+        )
+        for parameter in model.parameters():  # peft leaves adapters on meta in the base's type
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                parameter.data = parameter.data.float()
+    model.laras_path = _path(model, choices, observer)
+    if model.laras_path.fused is None and choices.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
+    model.train()
+    return model
+
+
+def _base(config: RunConfig, choices: PlanChoices, device: str) -> Any:
+    attention = VARLEN if choices.packing and choices.attention == "sdpa" else choices.attention
+    if device != "meta":
+        return load_model(
+            config.model_name_or_path,
+            precision=choices.precision,
+            device=device,
+            revision=config.model_revision,
+            trust_remote_code=config.trust_remote_code,
+            attention=attention,
+            load_in_4bit=choices.load_in_4bit,
+            load_in_8bit=choices.load_in_8bit,
+        )
+    if choices.load_in_4bit or choices.load_in_8bit:
+        raise ConfigError(
+            "quantised weights cannot be built on the meta device", hint="use the closed form of the memory model"
+        )
+    architecture = load_model_config(
+        config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
+    )
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            architecture,
+            dtype=torch_dtype(choices.precision),
+            attn_implementation=attention,
+            trust_remote_code=config.trust_remote_code,
+        )
+
+
+def _path(model: nn.Module, choices: PlanChoices, observer: Observer) -> ExecutionPath:
+    refusal = fused_refusal(model) if choices.fused_layers else "set by the plan"
+    if refusal is None and choices.loss_kind == "full":
+        refusal = "the plan keeps full logits"
+    if refusal is None:
+        refusal = _kernel_refusal(model, choices)
+    if refusal is not None:
+        observer.message(f"layers of transformers: {refusal}")
+        longest = choices.max_length if choices.packing else None
+        return ExecutionPath(None, refusal, choices.loss_kind, choices.loss_chunk_tokens, longest)
+    kind: str = "none"
+    if choices.gradient_checkpointing:
+        kind = "full" if choices.checkpoint_kind == "none" else choices.checkpoint_kind
+    fused = FusedModel(
+        model,
+        dtype=torch_dtype(choices.precision),
+        checkpoint_kind=kind,
+        mlp_chunk=choices.mlp_chunk_tokens,
+        loss_chunk=choices.loss_chunk_tokens,
+        longest_tokens=choices.max_length,
+    )
+    observer.message(f"fused layers, checkpointing: {kind}")
+    return ExecutionPath(fused, None, "chunked", choices.loss_chunk_tokens, choices.max_length)
+
+
+def _kernel_refusal(model: Any, choices: PlanChoices) -> str | None:
+    device = next(model.parameters()).device
+    if device.type != "cuda":
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0) or choices.precision != "bf16":
+        return "fused layers on a GPU are for bf16"
+    from laras.models.fused.triton_kernels import triton_works
+
+    return None if triton_works(device) else "Triton does not run here"

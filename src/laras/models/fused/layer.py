@@ -1,0 +1,196 @@
+"""One decoder layer, forward and backward by hand; what is kept between the two is a choice.
+
+| kept        | bytes a token (2-byte types)                                      | computed again in backward       |
+|---|---|---|
+| `none`      | everything: 2 (2 D + qkv + D + 2 F) + ranks                        | norms, the SwiGLU product        |
+| `selective` | 2 (2 D + qkv + D)                                                  | also gate and up                 |
+| `full`      | 2 D, the layer's input                                             | also q, k, v, attention, o       |
+
+(The names say how much is checkpointed.) Gate, up and their gradients exist for `mlp_chunk` tokens at a time unless
+they are kept. Shapes: T tokens, D hidden, F feed-forward width, H heads, G key-value heads, C channels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from laras.models.fused.attention import Documents, attention, attention_backward
+from laras.models.fused.kernels import rms_norm_, rms_norm_backward_, rope_, swiglu_, swiglu_backward_
+from laras.models.fused.lora import LoraGroup
+
+
+@dataclass(frozen=True)
+class FusedLayer:
+    """The parts of a decoder layer."""
+
+    qkv: LoraGroup
+    o: LoraGroup
+    gate_up: LoraGroup
+    down: LoraGroup
+    input_norm: Tensor
+    middle_norm: Tensor
+    eps: float
+    heads: int
+    key_value_heads: int
+    channels: int
+    width: int  # F
+    scale: float
+    checkpoint_kind: str
+    mlp_chunk: int
+
+    @property
+    def groups(self) -> tuple[LoraGroup, ...]:
+        """In the order in which their adapters are passed."""
+        return self.qkv, self.o, self.gate_up, self.down
+
+    def __call__(self, hidden_TD: Tensor, documents: Documents) -> Tensor:
+        """The layer's output (T, D)."""
+        adapters = [parameter for group in self.groups for parameter in group.adapters]
+        result: Tensor = _LayerFunction.apply(hidden_TD, self, documents, *adapters)  # type: ignore[no-untyped-call]
+        return result
+
+
+@dataclass
+class _Attended:
+    qkv: Tensor
+    ranks: Tensor  # x A^T of q, k, v
+    out: Tensor  # (T, H C)
+    saved: Any
+    o_ranks: Tensor
+    middle: Tensor  # hidden states after attention
+
+
+class _LayerFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, layer: FusedLayer, documents: Documents, *adapters: Tensor) -> Tensor:
+        kept = layer.checkpoint_kind
+        attended = _attend(layer, hidden_TD, documents)
+        out = torch.empty_like(attended.middle)
+        chunk = hidden_TD.shape[0] if kept == "none" else layer.mlp_chunk
+        layer.gate_up.load()
+        layer.down.load()
+        feed = None
+        for rows in _chunks(hidden_TD.shape[0], chunk):
+            feed = _feed(layer, attended.middle[rows], out[rows])
+            if kept != "none":
+                feed = None
+        ctx.layer, ctx.documents, ctx.hidden = layer, documents, hidden_TD
+        ctx.attended = attended if kept != "full" else None
+        ctx.feed = feed
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        layer, documents, hidden = ctx.layer, ctx.documents, ctx.hidden
+        attended, feed = ctx.attended, ctx.feed
+        ctx.attended = ctx.feed = ctx.hidden = None
+        tokens, width = hidden.shape
+        spare = max(layer.o.ranks, layer.down.ranks)
+        total = hidden.new_empty(tokens, width + spare)
+        total[:, :width].copy_(gradients[0])
+        del gradients
+        if attended is None:
+            attended = _attend(layer, hidden, documents)
+        sums: list[list[Tensor | None]] = [[None] * len(group.adapters) for group in layer.groups]
+        layer.gate_up.load()
+        layer.down.load()
+        for rows in _chunks(tokens, tokens if feed is not None else layer.mlp_chunk):
+            _feed_backward(layer, attended.middle[rows], total[rows], feed, sums)
+        del feed
+        _attend_backward(layer, hidden, attended, total, documents, sums)
+        return total[:, :width], None, None, *[one for group in sums for one in group]
+
+
+def _chunks(tokens: int, chunk: int) -> list[slice]:
+    return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
+
+
+def _heads(layer: FusedLayer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Views of q (T, H, C), k and v (T, G, C)."""
+    split = [layer.heads * layer.channels, *[layer.key_value_heads * layer.channels] * 2]
+    parts = qkv[:, : sum(split)].split(split, dim=1)
+    return tuple(part.unflatten(1, (-1, layer.channels)) for part in parts)  # type: ignore[return-value]
+
+
+def _attend(layer: FusedLayer, hidden: Tensor, documents: Documents) -> _Attended:
+    layer.qkv.load()
+    layer.o.load()
+    buffer = layer.qkv.new_input(hidden)
+    rms_norm_(hidden, layer.input_norm, layer.eps, buffer[:, : layer.qkv.inputs])
+    qkv = hidden.new_empty(hidden.shape[0], layer.qkv.outputs)
+    layer.qkv.forward(buffer, qkv)
+    ranks = buffer[:, layer.qkv.inputs :].clone()
+    del buffer
+    q, k, v = _heads(layer, qkv)
+    rope_(q, documents.cos_TC, documents.sin_TC, q)
+    rope_(k, documents.cos_TC, documents.sin_TC, k)
+    out_THC, saved = attention(q, k, v, documents, layer.scale)
+    out = out_THC.flatten(1)
+    middle, o_ranks = layer.o.add_forward(out, hidden)
+    return _Attended(qkv, ranks, out, saved, o_ranks, middle)
+
+
+def _feed(layer: FusedLayer, middle: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    gate_up, ranks = _gate_up(layer, middle)
+    product = layer.down.new_input(middle)
+    swiglu_(gate_up[:, : layer.width], gate_up[:, layer.width : 2 * layer.width], product[:, : layer.width])
+    a = layer.down.storage[layer.down.outputs :, : layer.width]
+    torch.mm(product[:, : layer.width], a.t(), out=product[:, layer.width :])
+    torch.addmm(middle, product, layer.down.storage[: layer.down.outputs].t(), out=out)
+    return gate_up, ranks, product[:, layer.width :].clone()
+
+
+def _gate_up(layer: FusedLayer, middle: Tensor) -> tuple[Tensor, Tensor]:
+    """Gate and up in a buffer with room for `dy sB`, and x A^T."""
+    buffer = layer.gate_up.new_input(middle)
+    rms_norm_(middle, layer.middle_norm, layer.eps, buffer[:, : layer.gate_up.inputs])
+    gate_up = middle.new_empty(middle.shape[0], layer.gate_up.outputs + layer.gate_up.ranks)
+    layer.gate_up.forward(buffer, gate_up[:, : layer.gate_up.outputs])
+    return gate_up, buffer[:, layer.gate_up.inputs :].clone()
+
+
+def _feed_backward(
+    layer: FusedLayer, middle: Tensor, total: Tensor, feed: tuple[Tensor, Tensor, Tensor] | None, sums: list[Any]
+) -> None:
+    """Adds the feed-forward part's gradient to `total` (rows of a chunk, D + spare columns)."""
+    hidden = middle.shape[1]
+    gate_up, ranks = (feed[0], feed[1]) if feed is not None else _gate_up(layer, middle)
+    product, dyb = layer.down.backward(total[:, : hidden + layer.down.ranks])
+    swiglu_backward_(gate_up[:, : layer.width], gate_up[:, layer.width : 2 * layer.width], product)
+    down_ranks = feed[2] if feed is not None else torch.mm(
+        product, layer.down.storage[layer.down.outputs :, : layer.width].t()
+    )  # fmt: skip
+    layer.down.add_gradients(sums[3], product, down_ranks, total[:, :hidden], dyb)
+    del product
+    gradient, dyb = layer.gate_up.backward(gate_up)
+    rms_norm_backward_(middle, layer.middle_norm, layer.eps, gradient, total[:, :hidden], gradient)
+    layer.gate_up.add_gradients(sums[2], gradient, ranks, gate_up[:, : layer.gate_up.outputs], dyb)
+
+
+def _attend_backward(
+    layer: FusedLayer, hidden: Tensor, attended: _Attended, total: Tensor, documents: Documents, sums: list[Any]
+) -> None:
+    width = hidden.shape[1]
+    layer.qkv.load()
+    layer.o.load()
+    gradient, dyb = layer.o.backward(total[:, : width + layer.o.ranks])
+    layer.o.add_gradients(sums[1], attended.out, attended.o_ranks, total[:, :width], dyb)
+    q, k, v = _heads(layer, attended.qkv)
+    shape = (-1, layer.heads, layer.channels)
+    dq, dk, dv = attention_backward(
+        gradient.view(shape), q, k, v, attended.out.view(shape), attended.saved, documents, layer.scale
+    )
+    del gradient, q, k, v
+    buffer = hidden.new_empty(hidden.shape[0], layer.qkv.outputs + layer.qkv.ranks)
+    to_q, to_k, to_v = _heads(layer, buffer)
+    rope_(dq, documents.cos_TC, documents.sin_TC, to_q, -1.0)
+    rope_(dk, documents.cos_TC, documents.sin_TC, to_k, -1.0)
+    to_v.copy_(dv)
+    del dq, dk, dv
+    gradient, dyb = layer.qkv.backward(buffer)
+    rms_norm_backward_(hidden, layer.input_norm, layer.eps, gradient, total[:, :width], gradient)
+    layer.qkv.add_gradients(sums[0], gradient, attended.ranks, buffer[:, : layer.qkv.outputs], dyb)

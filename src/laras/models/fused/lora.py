@@ -1,0 +1,162 @@
+"""Linear layers that share an input, with their adapters, as one matrix product each way.
+
+One storage of shape (N + R, K + R) holds the stacked weights W (N, K), to their right the scaled B factors (N, R), and
+below them the A factors (R, K):
+
+    forward   y  = [x, x A^T] [W, sB]^T
+    backward  dx = [dy, dy sB] [W; A]
+
+so that an adapter costs a few more columns of a product that runs anyway. The modules' own weights are views into the
+storage; 4-bit weights are dequantised into a storage that all layers share. Shapes: T tokens, K inputs, N outputs,
+R ranks together, rounded up to 16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+ADAPTER = "default"
+
+
+class LoraGroup:
+    """Adapted linear layers with one input.
+
+    Args:
+        layers: peft's LoRA layers, each of one plain adapter.
+        dtype: Of the arithmetic.
+        shared: Storages for dequantised weights, by role and shape.
+        role: Groups of one role and shape share a storage; roles are in use at the same time.
+    """
+
+    def __init__(
+        self, layers: Sequence[Any], dtype: torch.dtype, shared: dict[tuple[str, int, int], Tensor], role: str = ""
+    ) -> None:
+        self.layers = list(layers)
+        bases = [layer.get_base_layer() for layer in layers]
+        self.adapters: list[nn.Parameter] = []
+        for layer in layers:
+            self.adapters += [layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight]
+        self.inputs: int = bases[0].in_features
+        self.row_starts = _starts([base.out_features for base in bases])
+        self.rank_starts = _starts([layer.lora_A[ADAPTER].weight.shape[0] for layer in layers])
+        self.outputs, self.ranks = self.row_starts[-1], -(-self.rank_starts[-1] // 16) * 16
+        self._versions: tuple[int, ...] | None = None
+        self._is_quantized = getattr(bases[0].weight, "quant_state", None) is not None
+        device = bases[0].weight.device
+        biases = [base.bias for base in bases]
+        self.bias: Tensor | None = None
+        if any(bias is not None for bias in biases):
+            parts = zip(biases, bases, strict=True)
+            self.bias = torch.cat(
+                [torch.zeros(o.out_features, dtype=dtype, device=device) if b is None else b.data for b, o in parts]
+            )
+        shape = (self.outputs + self.ranks, self.inputs + self.ranks)
+        with torch.no_grad():
+            if self._is_quantized:
+                key = (role, *shape)
+                if key not in shared:
+                    shared[key] = torch.zeros(shape, dtype=dtype, device=device)
+                self.storage = shared[key]
+                self._factors = torch.zeros(self.ranks, self.inputs + self.outputs, dtype=dtype, device=device)
+            else:
+                self.storage = torch.zeros(shape, dtype=dtype, device=device)
+                for base, rows in zip(bases, self._rows(), strict=True):
+                    view = self.storage[rows, : self.inputs]
+                    view.copy_(base.weight)
+                    base.weight.data = view
+
+    def _rows(self) -> list[slice]:
+        return [slice(a, b) for a, b in zip(self.row_starts, self.row_starts[1:], strict=False)]
+
+    def _ranks(self) -> list[slice]:
+        return [slice(a, b) for a, b in zip(self.rank_starts, self.rank_starts[1:], strict=False)]
+
+    def refresh(self) -> None:
+        """Copies the adapters beside the weights, in the arithmetic's type, when they have changed."""
+        versions = tuple(parameter._version for parameter in self.adapters)
+        if versions == self._versions:
+            return
+        self._versions = versions
+        with torch.no_grad():
+            for index, (layer, rows, ranks) in enumerate(zip(self.layers, self._rows(), self._ranks(), strict=True)):
+                a, b = self.adapters[2 * index], self.adapters[2 * index + 1]
+                scale = float(layer.scaling[ADAPTER])
+                if self._is_quantized:
+                    self._factors[ranks, : self.inputs].copy_(a)
+                    self._factors[ranks, self.inputs :][:, rows].copy_((b * scale).t())
+                else:
+                    below, beside = self._place(rows, ranks)
+                    below.copy_(a)
+                    beside.copy_(b * scale)
+
+    def _place(self, rows: slice, ranks: slice) -> tuple[Tensor, Tensor]:
+        below = self.storage[self.outputs :, : self.inputs][ranks]
+        return below, self.storage[rows, self.inputs :][:, ranks]
+
+    def load(self) -> None:
+        """Makes the storage hold this group's weights; work for 4-bit weights only."""
+        if not self._is_quantized or self.storage.is_meta:
+            return
+        from bitsandbytes.functional import dequantize_4bit
+
+        for layer, rows in zip(self.layers, self._rows(), strict=True):
+            weight = layer.get_base_layer().weight
+            self.storage[rows, : self.inputs].copy_(dequantize_4bit(weight.data, weight.quant_state))
+        self.storage[self.outputs :, : self.inputs].copy_(self._factors[:, : self.inputs])
+        self.storage[: self.outputs, self.inputs :].copy_(self._factors[:, self.inputs :].t())
+
+    def new_input(self, like: Tensor) -> Tensor:
+        """An uninitialised (T, K + R) buffer; its first K columns are for the input."""
+        return like.new_empty(like.shape[0], self.inputs + self.ranks)
+
+    def forward(self, buffer: Tensor, out: Tensor) -> None:
+        """`out` (T, N) of an input in the first K columns of `buffer`, whose last R columns become x A^T."""
+        torch.mm(
+            buffer[:, : self.inputs], self.storage[self.outputs :, : self.inputs].t(), out=buffer[:, self.inputs :]
+        )
+        weight = self.storage[: self.outputs].t()
+        if self.bias is None:
+            torch.mm(buffer, weight, out=out)
+        else:
+            torch.addmm(self.bias, buffer, weight, out=out)
+
+    def add_forward(self, input_TK: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Output plus residual, and x A^T, of an input that lies outside a buffer."""
+        xa = torch.mm(input_TK, self.storage[self.outputs :, : self.inputs].t())
+        out = torch.addmm(residual, input_TK, self.storage[: self.outputs, : self.inputs].t())
+        out.addmm_(xa, self.storage[: self.outputs, self.inputs :].t())
+        return out if self.bias is None else out.add_(self.bias), xa
+
+    def backward(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradient to the input, and dy sB, of a gradient in the first N columns of a (T, N + R) buffer."""
+        dyb = buffer[:, self.outputs :]
+        torch.mm(buffer[:, : self.outputs], self.storage[: self.outputs, self.inputs :], out=dyb)
+        return torch.mm(buffer, self.storage[:, : self.inputs]), dyb
+
+    def add_gradients(self, total: list[Tensor | None], x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor) -> None:
+        """Adds the gradients of the adapters, in float32 and in the order of `adapters`, to `total`."""
+        below = _product(dyb, x)
+        for index, (rows, ranks) in enumerate(zip(self._rows(), self._ranks(), strict=True)):
+            scale = float(self.layers[index].scaling[ADAPTER])
+            parts = (below[ranks], _product(dy[:, rows], xa[:, ranks]).mul_(scale))
+            for place, part in zip((2 * index, 2 * index + 1), parts, strict=True):
+                old = total[place]
+                total[place] = part if old is None else old.add_(part)
+
+
+def _product(left_TM: Tensor, right_TN: Tensor) -> Tensor:
+    """`left^T right` in float32."""
+    if left_TM.dtype == torch.float32 or not left_TM.is_cuda:
+        return torch.mm(left_TM.t(), right_TN).float()
+    return torch.mm(left_TM.t(), right_TN, out_dtype=torch.float32)
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    starts = [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+    return starts

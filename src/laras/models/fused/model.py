@@ -1,0 +1,154 @@
+"""A whole decoder of fused layers over a transformers model with peft adapters, which keeps its parameters and forward.
+
+Nothing of the model is replaced: its own forward serves generation, disabled or merged adapters, and everything that
+the fused layers refuse. Shapes: B rows, T tokens, D hidden, N target tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laras.models.fused.attention import Documents
+from laras.models.fused.kernels import rms_norm_, rms_norm_backward_
+from laras.models.fused.layer import FusedLayer
+from laras.models.fused.lora import ADAPTER, LoraGroup
+from laras.models.fused.loss import IGNORE_INDEX, chunked_nll
+
+FUSED_TYPES = frozenset({"llama", "mistral", "qwen2"})
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class FusedModel:
+    """Runs training steps of a PEFT model.
+
+    Args:
+        model: A `peft.PeftModel` for which `fused_refusal` is None.
+        dtype: Of the arithmetic.
+        checkpoint_kind: `none`, `selective` or `full`; see `laras.models.fused.layer`.
+        mlp_chunk: Tokens whose gate and up exist at once in a checkpointed layer.
+        loss_chunk: Target tokens whose logits exist at once.
+        longest_tokens: Longest document.
+    """
+
+    def __init__(
+        self, model: Any, *, dtype: torch.dtype, checkpoint_kind: str, mlp_chunk: int, loss_chunk: int,
+        longest_tokens: int,
+    ) -> None:  # fmt: skip
+        self._causal = model.get_base_model()
+        self._decoder = self._causal.base_model
+        self._loss_chunk, self._longest_tokens = loss_chunk, longest_tokens
+        shared: dict[tuple[str, int, int], Tensor] = {}
+        self.layers = [
+            _fused_layer(layer, self._causal.config, dtype, checkpoint_kind, mlp_chunk, shared)
+            for layer in self._decoder.layers
+        ]
+        self._lora_layers = [one for layer in self.layers for group in layer.groups for one in group.layers]
+
+    def refusal(self) -> str | None:
+        """Why the adapters' present state needs the model's own forward; None when it does not."""
+        if any(layer.disable_adapters or layer.merged for layer in self._lora_layers):
+            return "adapters are disabled or merged"
+        if any(layer.active_adapters != [ADAPTER] for layer in self._lora_layers):
+            return "other adapters are active"
+        return None
+
+    def refresh(self) -> None:
+        """Takes over changed adapters; called by `summed_loss`, and before a captured step is replayed."""
+        for layer in self.layers:
+            for group in layer.groups:
+                group.refresh()
+
+    def summed_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """As `laras.models.step.summed_loss`; a padded row is a document, whose padding nothing attends to."""
+        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+            self.refresh()
+        input_ids = batch["input_ids"]
+        rows, length = input_ids.shape
+        positions, cu_seqlens = batch.get("position_ids"), batch.get("cu_seqlens")
+        longest = self._longest_tokens
+        if cu_seqlens is None:
+            longest = length
+            cu_seqlens = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=input_ids.device)
+            positions = torch.arange(length, device=input_ids.device).repeat(rows)[None]
+        hidden_TD = self._decoder.embed_tokens(input_ids.view(-1)).detach()
+        cos, sin = self._decoder.rotary_emb(hidden_TD, positions)
+        documents = Documents(cu_seqlens, longest, cos[0], sin[0])
+        for layer in self.layers:
+            hidden_TD = layer(hidden_TD, documents)
+        targets_T = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+        places = batch.get("target_positions")
+        if places is None:
+            places = (targets_T != IGNORE_INDEX).nonzero().squeeze(1)
+        norm, head = self._decoder.norm, self._causal.get_output_embeddings()
+        hidden_ND = _Norm.apply(hidden_TD[places], norm.weight, norm.variance_epsilon)
+        return chunked_nll(hidden_ND, head.weight, head.bias, targets_T[places], self._loss_chunk)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        out = torch.empty_like(x_TD)
+        rms_norm_(x_TD, weight_D, eps, out)
+        ctx.x, ctx.weight, ctx.eps = x_TD, weight_D, eps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        total = torch.zeros_like(ctx.x)
+        rms_norm_backward_(ctx.x, ctx.weight, ctx.eps, gradients[0], total, None)
+        ctx.x = None
+        return total, None, None
+
+
+def fused_refusal(model: Any) -> str | None:
+    """Why a model cannot have fused layers, in one line; None when it can."""
+    if not hasattr(model, "peft_config"):
+        return "fused layers are for LoRA"
+    causal = model.get_base_model()
+    config = causal.config
+    if config.model_type not in FUSED_TYPES:
+        return f"no fused layers for {config.model_type}"
+    if getattr(config, "hidden_act", "silu") != "silu":
+        return f"no fused layers for the activation {config.hidden_act}"
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
+        config.model_type == "mistral" and getattr(config, "sliding_window", None)
+    ):
+        return "no fused layers for sliding-window attention"
+    if list(model.peft_config) != [ADAPTER]:
+        return "fused layers are for one adapter named default"
+    settings = model.peft_config[ADAPTER]
+    if settings.lora_dropout or settings.use_dora or settings.bias != "none":
+        return "no fused layers for adapter dropout, DoRA or trained biases"
+    if any(p.requires_grad for name, p in model.named_parameters() if ".lora_" not in name):
+        return "base weights are trained"
+    for layer in causal.base_model.layers:
+        linear = [getattr(part, name) for name in _PROJECTIONS for part in (layer.self_attn, layer.mlp) if hasattr(part, name)]  # fmt: skip
+        if len(linear) != len(_PROJECTIONS) or not all(hasattr(one, "lora_A") for one in linear):
+            return "an adapter is missing on one of the seven projections"
+    return None
+
+
+def _fused_layer(
+    layer: Any, config: Any, dtype: torch.dtype, kind: str, chunk: int, shared: dict[tuple[str, int, int], Tensor]
+) -> FusedLayer:
+    attention, mlp = layer.self_attn, layer.mlp
+    return FusedLayer(
+        qkv=LoraGroup([attention.q_proj, attention.k_proj, attention.v_proj], dtype, shared, "qkv"),
+        o=LoraGroup([attention.o_proj], dtype, shared, "o"),
+        gate_up=LoraGroup([mlp.gate_proj, mlp.up_proj], dtype, shared, "gate_up"),
+        down=LoraGroup([mlp.down_proj], dtype, shared, "down"),
+        input_norm=layer.input_layernorm.weight.data,
+        middle_norm=layer.post_attention_layernorm.weight.data,
+        eps=layer.input_layernorm.variance_epsilon,
+        heads=config.num_attention_heads,
+        key_value_heads=config.num_key_value_heads,
+        channels=attention.head_dim,
+        width=mlp.gate_proj.out_features,
+        scale=attention.scaling,
+        checkpoint_kind=kind,
+        mlp_chunk=chunk,
+    )
