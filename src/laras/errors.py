@@ -4,6 +4,7 @@
     ├── ConfigError                 2   the configuration or the command line is wrong
     │   └── MissingExtraError       2   an optional package is asked for and absent
     ├── DataError                   3   the dataset cannot be used as it is
+    │   └── BadRowsError                3   some of its rows cannot
     ├── PlanError                   4   no plan, or not the forced one, fits the device
     ├── TrainingInterrupted         5   stopped by a signal; saved; `laras resume` goes on
     ├── TrainingAborted             6   numbers that do not train, or memory that no split cures
@@ -20,6 +21,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import IntEnum
+from typing import Any
+
+SHOWN_PROBLEMS = 20  # lines of an error's text; `problems` holds all
 
 
 class ExitCode(IntEnum):
@@ -40,7 +44,7 @@ class LarasError(Exception):
     Args:
         message: What is wrong, with the offending value and the limit.
         hint: What the user can change; shown after `hint:`.
-        problems: When several things are wrong, each in one line; all are shown.
+        problems: When several things are wrong, each in one line; the text shows the first 20.
     """
 
     exit_code: ExitCode = ExitCode.USAGE
@@ -52,7 +56,9 @@ class LarasError(Exception):
         self.problems = tuple(problems)
 
     def __str__(self) -> str:
-        lines = [self.message, *(f"  - {problem}" for problem in self.problems)]
+        lines = [self.message, *(f"  - {problem}" for problem in self.problems[:SHOWN_PROBLEMS])]
+        if len(self.problems) > SHOWN_PROBLEMS:
+            lines.append(f"  - … and {len(self.problems) - SHOWN_PROBLEMS:,} more")
         if self.hint:
             lines.append(f"hint: {self.hint}")
         return "\n".join(lines)
@@ -72,6 +78,23 @@ class DataError(LarasError):
     """The dataset cannot be used as it is."""
 
     exit_code = ExitCode.DATA
+
+
+class BadRowsError(DataError):
+    """Rows cannot be used and the configuration says to stop.
+
+    Args:
+        message: How many, and how often each reason.
+        hint: What the user can change.
+        problems: Every bad row as `file:line: reason`.
+        report: What is known of the data, as `laras inspect --json` names it: format, rows, kept_rows, problems.
+    """
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, problems: Sequence[str] = (), report: dict[str, Any]
+    ) -> None:
+        super().__init__(message, hint=hint, problems=problems)
+        self.report = report
 
 
 class PlanError(LarasError):

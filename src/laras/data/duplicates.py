@@ -29,7 +29,9 @@ _WINDOW = 1_024  # rows before it that a row of a bucket is compared with; more 
 _MOST_KNOWN_WORDS = 1_000_000
 _SEPARATOR = "\x1f"
 # Scripts written without spaces: each character is a word.
-_WORD = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]|[^\s\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]+")
+_WORD = re.compile(
+    r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]|[^\s\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]+"
+)
 
 
 class Groups(NamedTuple):
@@ -178,7 +180,9 @@ def _shingles(words: np.ndarray) -> np.ndarray:
     """A 64-bit hash of every 5 words in a row; of the whole when there are fewer. Never empty."""
     import numpy as np
 
-    multipliers = np.array([1, 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64)
+    multipliers = np.array(
+        [1, 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64
+    )
     count = max(len(words) - WORDS_PER_SHINGLE + 1, 1)
     hashes = np.zeros(count, dtype=np.uint64)
     for place in range(min(WORDS_PER_SHINGLE, len(words))):

@@ -43,7 +43,9 @@ def file_rows(path: Path) -> Iterator[SourceRow]:
     try:
         yield from READERS[path.suffix.lower()](path)
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}", hint="check the file and its permissions") from None
+        raise DataError(
+            f"cannot read {path}: {error.strerror or error}", hint="check the file and its permissions"
+        ) from None
 
 
 def _jsonl_rows(path: Path) -> Iterator[SourceRow]:

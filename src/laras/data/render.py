@@ -103,9 +103,7 @@ class Renderer:
         (results,) = self.encode_batches([examples])
         return results
 
-    def encode_batches(
-        self, batches: Iterable[Sequence[Mapping[str, Any]]]
-    ) -> Iterator[list[Encoded | RenderProblem]]:
+    def encode_batches(self, batches: Iterable[Sequence[Mapping[str, Any]]]) -> Iterator[list[Encoded | RenderProblem]]:
         """Renders and tokenises batch after batch; tokenising one runs beside reading and rendering the next.
 
         The tokenizer works outside Python's lock, on as many cores as it finds, so that a thread is enough to keep

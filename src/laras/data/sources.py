@@ -177,7 +177,9 @@ def _hub(name: str, part: SplitName | None) -> list[Source]:
         # A part is taken from the split of its name, or from the only one there is.
         chosen = part if part in tables else next(iter(tables))
         if part is not None and part not in tables and len(tables) > 1:
-            raise DataError(f"{name} has no split {part!r}", hint=f"write {path}:default:SPLIT with {', '.join(tables)}")
+            raise DataError(
+                f"{name} has no split {part!r}", hint=f"write {path}:default:SPLIT with {', '.join(tables)}"
+            )
         return [_table_source(name, tables[chosen], part)]
     if "train" not in tables:
         raise DataError(

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from laras.data.masks import IGNORED_LABEL
 from laras.errors import RunStateError
 
 if TYPE_CHECKING:
@@ -75,6 +76,11 @@ def read_tokens(path: Path) -> pa.Table:
     except (pa.ArrowException, OSError) as error:
         detail = (str(error) or type(error).__name__).splitlines()[0]
         raise RunStateError(f"{path} is damaged: {detail}", hint="restore the file, or start a new run") from None
+
+
+def prompt_length(labels: Sequence[int]) -> int:
+    """Tokens before the first that carries loss: the prompt, down to where the (first) answer begins."""
+    return next((index for index, label in enumerate(labels) if label != IGNORED_LABEL), len(labels))
 
 
 def tokens_digest(table: pa.Table) -> str:
