@@ -86,7 +86,7 @@ def write_example_run(
     split = _split(profile, seed)
     plan = _plan(split, hostile, steps)
     environment = Environment(
-        laras_version="0.1.0", python_version="3.11.9", platform="Linux-6.1-x86_64", device="NVIDIA L4", driver="550.54",
+        laras_version="0.1.0", python_version="3.11.9", platform="Linux-x86_64", device="NVIDIA L4", driver="550.54",
         packages={"torch": "2.13.0", "transformers": "5.17.0", "trl": "1.15.0"}, processes=1,
         created_at="2026-11-24T09:30:00+00:00",
     )  # fmt: skip
@@ -144,7 +144,8 @@ def write_metrics(path: Path, steps: int, seed: int) -> BestCheckpoint:
 def _profile(hostile: str) -> DatasetProfile:
     problem = RowProblem(file="data/chats.jsonl", line=17, reason=f"the last turn is empty{hostile}", action="skipped")
     return DatasetProfile(
-        source=f"data/chats.jsonl{hostile}", files=(SourceFile(path="data/chats.jsonl", bytes=4_000_000, sha256="ab" * 32),),
+        source=f"data/chats.jsonl{hostile}",
+        files=(SourceFile(path="data/chats.jsonl", bytes=4_000_000, sha256="ab" * 32),),
         format="messages", rows=3003, kept_rows=3000, problems=(problem,), tokens=lengths(3000, 1.0, 1),
         max_length_tokens=2048, overlong="truncate", truncated_rows=9, duplicate_rows=31, near_duplicate_groups=44,
         mask_source="derived", tokenizer_digest="11" * 32, chat_template_digest="22" * 32,
@@ -171,8 +172,8 @@ def _plan(split: SplitManifest, hostile: str, steps: int) -> TrainPlan:
         "activations": int(1.9 * GIB), "logits": int(0.9 * GIB), "workspace": 64 * 2**20,
     }  # fmt: skip
     other = Alternative(
-        per_device_train_batch_size=8, gradient_checkpointing=True, packing=True, load_in_4bit=False, loss_kind="chunked",
-        train_peak_allocated_bytes=2 * GIB, tokens_per_s=4100, fits=True,
+        per_device_train_batch_size=8, gradient_checkpointing=True, packing=True, load_in_4bit=False,
+        loss_kind="chunked", train_peak_allocated_bytes=2 * GIB, tokens_per_s=4100, fits=True,
     )  # fmt: skip
     return TrainPlan(
         parent_digest=split.digest(), config_digest="33" * 32, model=model_spec(), choices=choices(),

@@ -20,7 +20,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 TEXT = [
-    f"a short line about {word} and what {word} does, number {n}" for n, word in enumerate(["sea", "sun", "tree", "salt"])
+    f"a short line about {word} and what {word} does, number {n}"
+    for n, word in enumerate(["sea", "sun", "tree", "salt"])
 ]
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -187,11 +187,11 @@ def test_only_a_finished_run_and_a_free_folder_are_accepted(tmp_path, llama):
 
 def test_a_missing_or_damaged_final_model_is_named(tmp_path, llama):
     run = write_example_run(tmp_path / "run", steps=20)
-    with pytest.raises(CheckpointError, match="final is missing"):
+    with pytest.raises(CheckpointError, match=r"final is missing"):
         export_run(run, "adapter")
     broken = tiny_models.finished_run(tmp_path / "broken", llama[1])
     (broken / "final" / "adapter_config.json").write_text("{")
-    with pytest.raises(CheckpointError, match="adapter_config.json cannot be read"):
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json cannot be read"):
         export_run(broken, "adapter")
     (broken / "final" / "adapter_config.json").unlink()
     with pytest.raises(CheckpointError, match="no usable adapter"):

@@ -256,4 +256,5 @@ def _turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
     except Exception:  # noqa: BLE001 - a template is a program of somebody else; it may refuse this conversation
         return None
     after = tokenizer(text.rpartition(_CONTENT_MARK)[2].lstrip(), add_special_tokens=False)["input_ids"]
-    return int(after[0]) if after and after[0] in tokenizer.all_special_ids else None
+    known = tokenizer.added_tokens_decoder.get(after[0]) if after else None
+    return int(after[0]) if known is not None and known.special else None

@@ -1,0 +1,84 @@
+"""`laras chat` as a person and as a program use it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import tiny_models
+from laras.cli.chat import chat_command
+from laras.cli.export import export_command
+from laras.errors import ConfigError
+
+app = typer.Typer()
+app.command("chat")(chat_command)
+app.command("export")(export_command)
+OPTIONS = ["--temperature", "0", "--max-new-tokens", "6"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("llama")
+    return tiny_models.finished_run(folder / "run", tiny_models.base_model("llama", folder / "base"))
+
+
+def chat(run, *arguments, text=None):
+    return CliRunner().invoke(app, ["chat", str(run), *OPTIONS, *arguments], input=text, catch_exceptions=False)
+
+
+def test_one_prompt_gives_one_answer_that_a_program_can_read(run):
+    both = json.loads(chat(run, "--prompt", "sea", "--compare", "--json").stdout)
+    assert both["prompt"] == "sea"
+    assert set(both["answers"]) == {"base", "tuned"}
+    assert set(both["answers"]["tuned"]) == {"text", "tokens", "stopped"}
+    assert both["answers"]["tuned"]["text"] != both["answers"]["base"]["text"]
+    tuned = json.loads(chat(run, "--prompt", "sea", "--json").stdout)["answers"]
+    assert tuned == {"tuned": both["answers"]["tuned"]}
+    assert chat(run, "--prompt", "sea", "--base").stdout.strip() == both["answers"]["base"]["text"]
+
+
+def test_a_conversation_switches_models_remembers_and_forgets(run):
+    done = chat(
+        run, "--system", "be brief", text="sea\n\n/base\nsea\n/compare\n/help\nsun\n/reset\n/tuned\nsea\n/quit\nnever\n"
+    )
+    lines = done.stdout.splitlines()
+    assert done.exit_code == 0
+    for text in (
+        "now answering: base",
+        "now answering: base and tuned",
+        "starts anew",
+        "now answering: tuned",
+        "/quit ends",
+    ):
+        assert text in done.stderr
+    assert sum("[base] " in line for line in lines) == 1
+    first, last = lines[0], done.stdout.rstrip("\n").splitlines()[-1]
+    assert first.strip()[:4] == last.strip()[:4]  # forgotten: the same question is answered as at first
+
+
+def test_a_conversation_that_fills_the_context_says_so_and_goes_on(run):
+    done = chat(run, text="sea " * 300 + "\nsea\n")
+    assert "context is full" in done.stderr
+    assert done.exit_code == 0
+
+
+def test_json_without_a_prompt_is_refused(run):
+    with pytest.raises(ConfigError, match="--json needs --prompt"):
+        chat(run, "--json")
+
+
+def test_the_export_command_prints_the_folder_and_the_checked_difference(run, tmp_path):
+    arguments = ["export", str(run), "--format", "merged", "--output", str(tmp_path / "a")]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.stdout == f"{tmp_path / 'a'}\n"
+    assert "greatest difference of a logit" in done.stderr
+    done = CliRunner().invoke(app, ["export", str(run), "-o", str(tmp_path / "b"), "--json"], catch_exceptions=False)
+    assert json.loads(done.stdout) == {
+        "path": str(tmp_path / "b"), "format": "adapter", "max_logit_difference": None, "tolerance": None, "url": None,
+    }  # fmt: skip
+    assert (
+        CliRunner().invoke(app, ["export", str(run), "--output", str(tmp_path / "c")]).output == f"{tmp_path / 'c'}\n"
+    )

@@ -1,0 +1,252 @@
+"""One page tells everything about a run, loads nothing, runs nothing, and says what is missing."""
+
+from __future__ import annotations
+
+import re
+import time
+import xml.etree.ElementTree as ET
+from html.parser import HTMLParser
+
+import pytest
+from typer.testing import CliRunner
+
+from example_run import write_example_run
+from laras.cli.report import report_command
+from laras.errors import ConfigError, RunStateError
+from laras.records import EvalResult, RunResult, TrainPlan
+from laras.reporting import formatting
+from laras.reporting.drawing import drawing_style, finish, new_figure
+from laras.reporting.report import verdict, write_report
+from laras.reporting.run_data import load_run_data
+
+SECTIONS = ("score", "curves", "optimization", "memory", "data", "plan", "samples", "environment")
+HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'{{7*7}}</svg></pre>"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the visible text."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_example_run(tmp_path_factory.mktemp("runs") / "my-run")
+
+
+@pytest.fixture(scope="module")
+def html(run):
+    return write_report([run]).read_text(encoding="utf-8")
+
+
+def test_every_section_has_what_its_records_say(html):
+    page = Page(html)
+    ids = {attrs.get("id") for _, attrs in page.tags}
+    assert {f"section-{name}" for name in SECTIONS} <= ids
+    for text in ("1.1600", "2.3100", "1.1000 to 1.2200", "laras test", "opened 2 times", "oom-split", "early-stop",
+                 "micro-batch 4 became 2", "the last turn is empty", "44 groups", "3 rows that resemble", "maths",
+                 "the GPU computes in bf16", "NVIDIA L4", "2.13.0", "It depends on what you mean", "best, step 450",
+                 "(not at hand)", "backward of the last layer", "the validation split is small"):  # fmt: skip
+        assert text in page.text, text
+    assert "No record" not in page.text
+
+
+def test_the_page_loads_nothing_and_runs_nothing(html):
+    page = Page(html)
+    assert not [tag for tag, _ in page.tags if tag in ("script", "iframe", "object", "embed", "img")]
+    loaded = [v for _, attrs in page.tags for k, v in attrs.items() if k in ("src", "href", "xlink:href") and v]
+    assert all(value.startswith(("#", "data:,")) for value in loaded)
+    assert "default-src 'none'" in html
+    assert "@import" not in html
+    assert "url(http" not in html
+
+
+def test_strings_of_a_record_are_shown_and_never_become_markup(tmp_path):
+    run = write_example_run(tmp_path / "run", steps=30, hostile=HOSTILE)
+    hostile_page = Page(write_report([run]).read_text(encoding="utf-8"))
+    plain_page = Page(write_report([write_example_run(tmp_path / "plain", steps=30)]).read_text(encoding="utf-8"))
+    assert [tag for tag, _ in hostile_page.tags] == [tag for tag, _ in plain_page.tags]
+    assert not [attrs for _, attrs in hostile_page.tags if any(name.startswith("on") for name in attrs)]
+    assert "<script>alert(1)</script>" in hostile_page.text
+    assert "{{7*7}}" in hostile_page.text
+
+
+def test_figures_have_title_description_and_no_colour_outside_the_style_sheet(html):
+    drawings = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(drawings) == 6
+    seen: set[str] = set()
+    for drawing in drawings:
+        root = ET.fromstring(drawing)
+        ids = [element.get("id") for element in root.iter() if element.get("id")]
+        assert root.get("role") == "img"
+        assert set(root.get("aria-labelledby").split()) <= set(ids)
+        assert len(root.findtext("{http://www.w3.org/2000/svg}desc")) > 40
+        assert not seen & set(ids)
+        seen |= set(ids)
+        assert not re.search(r"#[0-9a-fA-F]{6}", drawing)
+        assert set(re.findall(r"url\(#([^)]+)\)", drawing)) <= set(ids)
+
+
+def test_equal_data_gives_equal_pages(run, html):
+    assert write_report([run]).read_text(encoding="utf-8") == html
+
+
+def test_a_run_that_is_still_going_says_what_is_missing(tmp_path):
+    run = write_example_run(tmp_path / "run", finished=False, steps=40)
+    page = Page(write_report([run]).read_text(encoding="utf-8"))
+    assert page.text.count("No record") == 3  # score, events, answers
+    assert "has never been opened" in page.text
+
+
+def test_a_run_with_nothing_but_its_configuration_has_a_page(tmp_path):
+    run = write_example_run(tmp_path / "run", finished=False, steps=40)
+    for path in (run / "records").iterdir():
+        path.unlink()
+    (run / "logs" / "metrics.jsonl").unlink()
+    html = write_report([run]).read_text(encoding="utf-8")
+    assert Page(html).text.count("No record") >= 9
+    assert "<svg" not in html
+
+
+def test_a_damaged_record_is_named_and_the_rest_is_shown(tmp_path):
+    run = write_example_run(tmp_path / "run", steps=30)
+    (run / "records" / "plan.json").write_text("{")
+    (run / "splits" / "sealed" / "openings.jsonl").write_text("nonsense\n")
+    (run / "config.yaml").write_text("no_such_key: 1\n")
+    page = Page(write_report([run]).read_text(encoding="utf-8"))
+    assert "plan.json is damaged" in page.text
+    assert "no line of the ledger" in page.text
+    assert "config.yaml does not validate" in page.text
+    assert "1.1600" in page.text
+
+
+def test_a_record_that_was_changed_afterwards_breaks_the_chain(tmp_path):
+    run = write_example_run(tmp_path / "run", steps=30)
+    assert all(link.holds for link in load_run_data(run).chain)
+    TrainPlan.load(run).model_copy(update={"total_steps": 999}).save(run)
+    broken = [(link.parent, link.child) for link in load_run_data(run).chain if not link.holds]
+    assert broken == [("plan", "result")]
+    assert "does not match" in write_report([run]).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("interval", "kind", "words"),
+    [((0.1, 0.2), "good", "better"), ((-0.2, -0.1), "bad", "worse"), ((-0.1, 0.1), "open", "No difference")],
+)
+def test_the_verdict_says_no_more_than_the_interval_does(tmp_path, interval, kind, words):
+    run = write_example_run(tmp_path / "run", steps=30)
+    EvalResult.load(run).model_copy(update={"loss_improvement_ci95": interval}).save(run)
+    text, found = verdict(load_run_data(run))
+    assert found == kind
+    assert words in text
+    (run / "records" / "evaluation.json").unlink()
+    assert "Not scored yet" in verdict(load_run_data(run))[0]
+
+
+def test_several_runs_are_compared(run, tmp_path):
+    other = write_example_run(tmp_path / "my-run", seed=1, steps=60)
+    going = write_example_run(tmp_path / "going", finished=False, steps=30)
+    page = Page(write_report([run, other, going], tmp_path / "deep" / "page.html").read_text(encoding="utf-8"))
+    assert str(other) in page.text  # two runs of one name are told apart
+    for text in ("3 runs compared", "1.1600", "1.2100", "config: seed", "did not finish"):
+        assert text in page.text
+    assert sum(tag == "svg" for tag, _ in page.tags) == 2
+
+
+def test_runs_with_different_test_sets_are_not_ranked(run, tmp_path):
+    other = write_example_run(tmp_path / "other", steps=30)
+    text = (other / "records" / "split.json").read_text().replace(f"{450:064x}", f"{451:064x}")
+    (other / "records" / "split.json").write_text(text)
+    assert "different test sets" in write_report([run, other], tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_equal_runs_without_metrics_compare_too(tmp_path):
+    runs = [write_example_run(tmp_path / name, finished=False, steps=5) for name in ("a", "b")]
+    for one in runs:
+        (one / "logs" / "metrics.jsonl").unlink()
+        for path in (one / "records").iterdir():
+            path.unlink()
+    text = Page(write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")).text
+    assert "no run has logged a loss" in text
+    assert "equal settings" in text
+
+
+def test_a_long_run_is_quick_and_small_and_keeps_its_spike(tmp_path):
+    run = write_example_run(tmp_path / "run", steps=100_000)
+    started = time.perf_counter()
+    path = write_report([run])
+    elapsed_s = time.perf_counter() - started
+    assert path.stat().st_size < 1_500_000
+    assert elapsed_s < 5 * 2  # 2.4 s on two idle cores; a loaded machine gets twice the limit of 5 s
+    page = path.read_text(encoding="utf-8")
+    highest = load_run_data(run).history.get("loss").value.max()
+    assert formatting.number(float(highest)) in page
+    assert "Validation values" in page
+
+
+def test_wide_curves_are_drawn_on_a_logarithmic_scale_and_single_points_are_seen(tmp_path):
+    run = write_example_run(tmp_path / "run", finished=False, steps=1)
+    (run / "logs" / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    assert "<svg" in write_report([run]).read_text(encoding="utf-8")
+    (run / "logs" / "metrics.jsonl").write_text(
+        "".join(f'{{"step": {s}, "loss": {1000 / s**3}, "memory/peak_gib": 2.0}}\n' for s in range(1, 30))
+    )
+    assert "peak" in write_report([run]).read_text(encoding="utf-8")
+
+
+def test_many_events_of_any_kind_are_listed_and_marked(tmp_path):
+    run = write_example_run(tmp_path / "run", steps=90)
+    result = RunResult.load(run)
+    event = result.events[0]
+    many = tuple(event.model_copy(update={"step": s, "kind": "skipped-step"}) for s in range(1, 61))
+    result.model_copy(update={"events": many}).save(run)
+    assert Page(write_report([run]).read_text(encoding="utf-8")).text.count("skipped-step") >= 60
+
+
+def test_what_cannot_be_read_or_written_is_a_clear_error(tmp_path, run):
+    with pytest.raises(RunStateError, match="no run is named"):
+        write_report([])
+    with pytest.raises(RunStateError, match="is not a run"):
+        write_report([tmp_path])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot write"):
+        write_report([run], tmp_path / "file" / "page.html")
+
+
+def test_the_command_prints_the_path(run, tmp_path):
+    import typer
+
+    app = typer.Typer()
+    app.command()(report_command)
+    done = CliRunner().invoke(app, [str(run), "--output", str(tmp_path / "page.html")])
+    assert (done.exit_code, done.output) == (0, f"{tmp_path / 'page.html'}\n")
+
+
+def test_numbers_read_as_a_person_writes_them():
+    assert formatting.number(None) == formatting.number(float("nan")) == "–"
+    assert (formatting.number(1234567), formatting.number(2.5), formatting.number(2e-5)) == (
+        "1,234,567",
+        "2.500",
+        "2.00e-05",
+    )
+    assert (formatting.size(None), formatting.size(10), formatting.size(3 * 2**20)) == ("–", "10 B", "3.00 MiB")
+    assert [formatting.duration(s) for s in (None, 5, 65, 7500)] == ["–", "5.0 s", "1 min 05 s", "2 h 05 min"]
+    assert (formatting.short(1500), formatting.short(12)) == ("1.5k", "12")
+    assert (formatting.percent(None), formatting.interval(None)) == ("–", "–")
+
+
+def test_a_colour_that_the_page_does_not_know_stays_as_it_is():
+    with drawing_style():
+        figure, (axis,) = new_figure()
+        axis.plot([0, 1], [0, 1], color="#123456")
+        assert "#123456" in finish(figure, "x", "title", "description").svg
