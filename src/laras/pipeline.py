@@ -305,7 +305,7 @@ def _run_training(run: RunDir, observer: Observer, resume_from: Path | None) -> 
     with hold(run) if _rank() == 0 else nullcontext():
         tokenizer = _load_tokenizer(config)
         observer.stage_started("loading the model")
-        model = build_model(config, chosen.choices, _device(), observer)
+        model = build_model(config, chosen.choices, str(_device()), observer)
         result = run_training(
             config,
             chosen,

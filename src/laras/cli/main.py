@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 from typing import Annotated
 
@@ -31,11 +33,20 @@ app.command("runs")(runs_command)
 
 def main() -> None:
     """Runs the command line; a `LarasError` ends it with its message, its hint and its documented exit code."""
+    _quieten_libraries()
     try:
         app()
     except LarasError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201 - the command line is where printing belongs
         raise SystemExit(int(error.exit_code)) from None
+
+
+def _quieten_libraries() -> None:
+    """Keeps the libraries' bars and advice out of the view; what a person should know, Laras says itself."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _show_version(wanted: bool) -> None:

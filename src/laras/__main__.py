@@ -1,0 +1,5 @@
+"""`python -m laras` is the `laras` command."""
+
+from laras.cli.main import main
+
+main()
