@@ -9,12 +9,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from laras.config import RunConfig
-from laras.errors import ConfigError
 from laras.models.attention import VARLEN, register_attention
 from laras.models.fused.model import FusedModel, fused_refusal
 from laras.models.loader import load_model, load_model_config
-from laras.models.lora import attach_lora
+from laras.models.lora import attach_lora, resolve_target_modules
 from laras.models.precision import torch_dtype
+from laras.models.quantized_meta import quantize_on_meta
 from laras.models.step import ExecutionPath
 from laras.progress import Observer
 from laras.records import PlanChoices
@@ -30,16 +30,18 @@ def build_model(config: RunConfig, choices: PlanChoices, device: str, observer: 
         observer: Is told the path and why.
 
     Raises:
-        ConfigError: The model cannot be loaded, or 4-bit and 8-bit weights are asked for on `meta`.
+        ConfigError: The model cannot be loaded.
     """
     register_attention()
     model = _base(config, choices, device)
     if choices.finetuning_type == "lora":
         for parameter in model.parameters():
             parameter.requires_grad_(False)
+        named = choices.target_modules
+        wanted = "all-linear" if named == ("all-linear",) else named
         model = attach_lora(
             model,
-            target_modules=choices.target_modules,
+            target_modules=resolve_target_modules(model, wanted),
             r=choices.lora_r,
             alpha=choices.lora_alpha,
             dropout=choices.lora_dropout,
@@ -71,20 +73,19 @@ def _base(config: RunConfig, choices: PlanChoices, device: str) -> Any:
             load_in_4bit=choices.load_in_4bit,
             load_in_8bit=choices.load_in_8bit,
         )
-    if choices.load_in_4bit or choices.load_in_8bit:
-        raise ConfigError(
-            "quantised weights cannot be built on the meta device", hint="use the closed form of the memory model"
-        )
     architecture = load_model_config(
         config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
     )
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             architecture,
             dtype=torch_dtype(choices.precision),
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
         )
+    if choices.load_in_4bit or choices.load_in_8bit:
+        quantize_on_meta(model, "nf4" if choices.load_in_4bit else "int8", torch_dtype(choices.precision))
+    return model
 
 
 def _path(model: nn.Module, choices: PlanChoices, observer: Observer) -> ExecutionPath:

@@ -127,6 +127,15 @@ def load_model_spec(source: str | Path, *, revision: str | None = None) -> Model
         ConfigError: When there is no such path or model, the configuration names no `model_type` or lacks a size,
             or the model is not a causal language model.
     """
+    return model_spec_from_config(read_model_config(source, revision=revision), str(source))
+
+
+def read_model_config(source: str | Path, *, revision: str | None = None) -> dict[str, Any]:
+    """The parsed `config.json` of a model; see `load_model_spec`.
+
+    Raises:
+        ConfigError: There is none, or it is no JSON object.
+    """
     path = _config_path(str(source), revision)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -134,7 +143,7 @@ def load_model_spec(source: str | Path, *, revision: str | None = None) -> Model
         raise ConfigError(f"cannot read {path} as JSON: {error}", hint="name a model's config.json") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path} holds a {type(config).__name__}, not an object", hint="name a model's config.json")
-    return model_spec_from_config(config, str(source))
+    return config
 
 
 def model_spec_from_config(config: Mapping[str, Any], source: str) -> ModelSpec:

@@ -1,0 +1,245 @@
+"""Follows every tensor of a computation on meta tensors: when its memory is taken, and when it is given back.
+
+Meta tensors have shapes and no data, so a step of any model runs in a second without weights or a GPU, through the very
+code that trains. What a CUDA kernel allocates inside one operation is invisible here and is added by formula; what
+depends on data (which tokens carry loss) is taken at its largest.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from laras.planning.trace import Key, Segment, StepTrace
+
+_aten: Any = torch.ops.aten
+
+
+class Recorder(TorchDispatchMode):  # type: ignore[misc]
+    """Records allocations and frees, cut into the segments of a step.
+
+    Args:
+        layers: The decoder's layers, in order.
+    """
+
+    def __init__(self, layers: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self._segments: list[tuple[Key, list[int]]] = []
+        self._live: dict[int, tuple[Any, int]] = {}
+        self._allocations = 0
+        self._kinds: tuple[str, str, str | None, int] | None = None
+        self._in_backward = False
+        self._layers = list(layers)
+        self._hooks: list[Any] = []
+        self.begin("weights")
+
+    def begin(self, kind: str, index: int = 0, layer: int = -1) -> None:
+        """Starts a segment; one that was left is taken up again only if nothing came between."""
+        key = (kind, index, layer)
+        if self._segments and self._segments[-1][0] == key:
+            return
+        self._segments.append((key, []))
+
+    def record_owned(self, kind: str, tensors: Iterable[tuple[int, Tensor]]) -> None:
+        """Tensors that exist already, each with the layer that owns it (-1: none)."""
+        for layer, tensor in tensors:
+            self.begin(kind, 0, layer)
+            self.track(tensor)
+
+    def request(self, nbytes: int) -> int:
+        """Takes memory that no tensor stands for; returns what `give_back` wants."""
+        if nbytes <= 0:
+            return 0
+        self._allocations += 1
+        self._segments[-1][1].append(nbytes)
+        return self._allocations
+
+    def give_back(self, allocation: int) -> None:
+        """Frees what `request` took."""
+        if allocation:
+            self._segments[-1][1].append(-allocation)
+
+    def track(self, tensor: Tensor) -> None:
+        """Follows a tensor's storage from now to its end."""
+        storage = tensor.untyped_storage()
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self._live or nbytes == 0:
+            return
+        allocation = self.request(nbytes)
+        self._live[key] = (weakref.ref(storage, lambda _, key=key: self._died(key)), allocation)
+
+    def watch(self, forward: str, loss: str, backward: str | None, index: int = 0) -> None:
+        """From now on, layers begin segments of these kinds."""
+        self.stop_watching()
+        self._kinds = (forward, loss, backward, index)
+        last = len(self._layers) - 1
+        for number, layer in enumerate(self._layers):
+            self._hooks.append(layer.register_forward_pre_hook(lambda *_, number=number: self.entered(number)))
+            self._hooks.append(
+                layer.register_forward_hook(
+                    lambda module, inputs, output, number=number: self.left(number, output, is_last=number == last)
+                )
+            )
+
+    def stop_watching(self) -> None:
+        """Layers begin no segments any more."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+        self._kinds = None
+        self._in_backward = False
+
+    def entered(self, number: int) -> None:
+        """A layer's forward begins; within backward it is a checkpointed layer that runs again."""
+        if self._kinds is not None and not self._in_backward:
+            self.begin(self._kinds[0], self._kinds[3], number)
+
+    def left(self, number: int, output: Any, *, is_last: bool) -> None:
+        """A layer's forward ends; its backward begins when the gradient of its output is there."""
+        if self._kinds is None or self._in_backward:
+            return
+        _, loss, backward, index = self._kinds
+        hidden = output[0] if isinstance(output, tuple) else output
+        if backward is not None and isinstance(hidden, Tensor) and hidden.requires_grad:
+
+            def grad_arrived(_: Tensor) -> None:
+                self._in_backward = True
+                self.begin(backward, index, number)
+
+            hidden.register_hook(grad_arrived)
+        if is_last:
+            self.begin(loss, index)
+
+    def trace(self, notes: tuple[str, ...] = ()) -> StepTrace:
+        """What was recorded."""
+        merged: list[tuple[Key, list[int]]] = []
+        for key, events in self._segments:
+            if events:
+                merged.append((key, events))
+        return StepTrace(len(self._layers), tuple(Segment(*key, tuple(events)) for key, events in merged), notes)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Runs the operation, or answers for it where meta tensors cannot, and follows what it returns."""
+        handler = _DATA_DEPENDENT.get(func)
+        hidden = _HIDDEN_BYTES.get(func)
+        taken = self.request(hidden(*args, **(kwargs or {}))) if hidden else 0
+        out = NotImplemented if handler is None else handler(*args, **(kwargs or {}))
+        if out is NotImplemented:
+            out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self.track(leaf)
+        self.give_back(taken)
+        return out
+
+    def _died(self, key: int) -> None:
+        entry = self._live.pop(key, None)
+        if entry is not None:
+            self.give_back(entry[1])
+
+
+# ------------------------------------------------------------ what depends on data
+
+
+def _item(tensor: Tensor, **_: Any) -> bool | int:
+    # A branch on data in a model asks whether rows are whole or unpacked; the answer that costs memory is no.
+    return False if tensor.dtype is torch.bool else 1
+
+
+def _nonzero(tensor: Tensor, **_: Any) -> Tensor:
+    return tensor.new_empty((tensor.numel(), tensor.dim()), dtype=torch.int64)
+
+
+def _index(tensor: Tensor, indices: list[Tensor | None], **_: Any) -> Any:
+    """Boolean masks select everything."""
+    masks = [one for one in indices if one is not None and one.dtype is torch.bool]
+    if not masks:
+        return NotImplemented
+    if len(indices) == 1:
+        mask = masks[0]
+        return tensor.new_empty((mask.numel(), *tensor.shape[mask.dim() :]))
+    return NotImplemented
+
+
+_DATA_DEPENDENT: dict[Any, Callable[..., Any]] = {
+    _aten._local_scalar_dense.default: _item,
+    _aten.nonzero.default: _nonzero,
+    _aten.index.Tensor: _index,
+}
+
+
+# ------------------------------------------------------------ what kernels allocate inside
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _flash_head_size(channels: int) -> int:
+    return _round_up(channels, 32) if channels <= 128 else 256 if channels > 192 else 192
+
+
+def _flash_backward(grad: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
+    """fp32 accumulator of dq, row sums, and dk/dv expanded to the query's heads.
+
+    Source: aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp `mha_bwd`; measured.
+    """
+    batch, heads, tokens, channels = query.shape
+    rows = _round_up(tokens, 128)
+    taken = batch * heads * rows * (_flash_head_size(channels) + 1) * 4
+    if key.shape[1] != heads:
+        taken += 2 * batch * heads * key.shape[2] * channels * key.element_size()
+    return taken
+
+
+def _varlen_backward(grad: Tensor, query: Tensor, key: Tensor, *rest: Any, **__: Any) -> int:
+    """As `_flash_backward`, for packed documents, each padded to 128 rows.
+
+    Source: the same file, `mha_varlen_bwd`.
+    """
+    tokens, heads, channels = query.shape
+    documents = next((one.numel() - 1 for one in rest if isinstance(one, Tensor) and one.dtype is torch.int32), 1)
+    rows = tokens + 128 * documents
+    taken = heads * rows * (_flash_head_size(channels) + 1) * 4
+    if key.shape[1] != heads:
+        taken += 2 * key.shape[0] * heads * channels * key.element_size()
+    return taken
+
+
+def _efficient_backward(grad: Tensor, query: Tensor, key: Tensor, *_: Any, **__: Any) -> int:
+    """fp32 accumulators for dk and dv where half precision needs them, and the row sums.
+
+    Source: aten/src/ATen/native/transformers/cuda/attention_backward.cu.
+    """
+    batch, heads, tokens, channels = query.shape
+    return batch * heads * _round_up(tokens, 32) * 4 + (
+        2 * batch * heads * key.shape[2] * channels * 4 if query.element_size() == 2 and channels > 64 else 0
+    )
+
+
+_HIDDEN_BYTES: dict[Any, Callable[..., int]] = {
+    _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
+    _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
+}
+
+
+def register_kernel_memory(op: Any, formula: Callable[..., int]) -> None:
+    """Tells the recorder what a kernel of the product allocates inside, from the operation's arguments."""
+    _HIDDEN_BYTES[op] = formula
+
+
+def _register_varlen() -> None:
+    from torch.nn.attention import varlen  # noqa: F401 - defines the operation
+
+    register_kernel_memory(torch.ops.torch_attn._varlen_attn_backward.default, _varlen_backward)
+
+
+_register_varlen()

@@ -1,0 +1,223 @@
+"""The memory of a training step, from the step itself: run on meta tensors, without weights and without a GPU.
+
+The model that training would build is built at a few layers on the meta device, goes forward and backward through the
+very step function, and is evaluated once; what it requests is recorded (`laras.models.recording`) and unrolled to full
+depth (`laras.planning.trace`). No constant is fitted to an architecture.
+
+Source: checked against an H100, see benchmarks/results/memory.md.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from laras.config import RunConfig
+from laras.errors import LarasError
+from laras.models.builtin import resolve_tokenizer
+from laras.models.quantized_meta import quantized_storages
+from laras.models.emulation import autocast_like_cuda, kernels_of, record_optimizer, record_states
+from laras.models.recording import Recorder
+from laras.planning.trace import TRACED_LAYERS, StepTrace
+from laras.progress import Observer
+from laras.records import HardwareSpec, PlanChoices
+
+_LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+class NotSimulated(LarasError):
+    """A model that cannot be run on meta tensors: its own code, or an operation without shapes."""
+
+
+def trace_step(
+    config: RunConfig, choices: PlanChoices, layers: int, hardware: HardwareSpec, documents: int | None = None
+) -> StepTrace:
+    """Records one optimizer step and one evaluation batch.
+
+    Args:
+        config: What the user wants; names the model.
+        choices: What is planned, resolved.
+        layers: Depth of the model.
+        hardware: The device planned for; decides which kernels would run.
+        documents: Most documents of a packed batch; None: as many as have `max_length` tokens.
+
+    Returns:
+        A trace that `unroll(layers)` accepts: recorded at a few layers where they repeat, else at all.
+
+    Raises:
+        NotSimulated: The model cannot be built or run on meta tensors.
+    """
+    try:
+        if layers > TRACED_LAYERS:
+            trace = _record(config, choices, TRACED_LAYERS, hardware, documents)
+            if trace.why_not_uniform() is None:
+                return trace
+        return _record(config, choices, layers, hardware, documents)
+    except LarasError:
+        raise
+    except Exception as error:  # noqa: BLE001 - a model's own code can raise anything
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise NotSimulated(
+            f"{config.model_name_or_path} cannot be simulated: {reason}", hint="the closed form is used instead"
+        ) from error
+
+
+def _record(
+    config: RunConfig, choices: PlanChoices, layers: int, hardware: HardwareSpec, documents: int | None
+) -> StepTrace:
+    from laras.models.step import eager_step, path_of, target_losses
+
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _write_shallow_config(config.model_name_or_path, config.model_revision, Path(folder), layers)
+        shallow = config.model_copy(update={"model_name_or_path": folder, "model_revision": None})
+        model = _build(shallow, choices)
+    blocks = _decoder_layers(model, layers)
+    owner = {id(part): number for number, block in enumerate(blocks) for part in block.modules()}
+    recorder = Recorder(blocks)
+    recorder.record_owned("weights", _static_tensors(model, owner))
+    trained = [
+        (owner.get(id(module), -1), parameter)
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.requires_grad
+    ]
+    fused = path_of(model).fused
+    record_states(recorder, trained, choices.optim)
+    step = eager_step(model)
+    with ExitStack() as stack:
+        stack.enter_context(kernels_of(hardware))
+        if fused is not None:
+            stack.enter_context(_watched(fused, recorder))
+        elif choices.precision != "fp32":
+            stack.enter_context(autocast_like_cuda(choices.precision))  # as the trainer runs transformers' layers
+        stack.enter_context(recorder)
+        for index in range(min(2, choices.gradient_accumulation_steps)):
+            recorder.begin("batch", index)
+            batch = _batch(choices, choices.per_device_train_batch_size, choices.packing, documents)
+            recorder.watch("forward", "loss", "backward", index)
+            loss = step(batch, torch.empty((), device="meta"))
+            recorder.stop_watching()
+            recorder.begin("end", index)
+            del loss, batch
+        record_optimizer(recorder, trained, choices.optim, hardware)
+        recorder.begin("end", 2)
+        for _, parameter in trained:
+            parameter.grad = None
+        model.eval()
+        recorder.begin("evaluation", 0)
+        recorder.watch("evaluation", "evaluation", None, 1)
+        with torch.no_grad():
+            losses = target_losses(model, _batch(choices, choices.per_device_eval_batch_size, False, None))
+            recorder.stop_watching()
+            recorder.begin("evaluation", 2)
+            del losses
+    return recorder.trace()
+
+
+@contextmanager
+def _watched(fused: Any, recorder: Recorder) -> Iterator[None]:
+    """Fused layers are no modules: their calls are told to the recorder here."""
+    original = fused.layers
+    last = len(original) - 1
+
+    def watched(number: int, layer: Any) -> Any:
+        def call(hidden: Tensor, documents: Any) -> Tensor:
+            recorder.entered(number)
+            output: Tensor = layer(hidden, documents)
+            recorder.left(number, output, is_last=number == last)
+            return output
+
+        return call
+
+    fused.layers = [watched(number, layer) for number, layer in enumerate(original)]
+    fused.refresh = lambda: None  # copies the adapters into place; allocates nothing that lasts
+    try:
+        yield
+    finally:
+        fused.layers = original
+        del fused.refresh
+
+
+# ------------------------------------------------------------ the model
+
+
+def _write_shallow_config(source: str, revision: str | None, folder: Path, layers: int) -> None:
+    """A model folder with only a `config.json`, of fewer layers."""
+    from laras.planning.architecture import read_model_config
+
+    values = copy.deepcopy(dict(read_model_config(resolve_tokenizer(source), revision=revision)))
+    text = values.get("text_config") if isinstance(values.get("text_config"), dict) else values
+    deep = next((text[key] for key in _LAYER_KEYS if isinstance(text.get(key), int)), layers)
+    for key in _LAYER_KEYS:
+        if key in text:
+            text[key] = layers
+    for key, value in list(text.items()):
+        if isinstance(value, list) and len(value) == deep:
+            text[key] = value[:layers]
+    values.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+
+
+def _build(config: RunConfig, choices: PlanChoices) -> Any:
+    from laras.models.build import build_model
+
+    return build_model(config, choices, "meta", Observer())
+
+
+def _decoder_layers(model: nn.Module, layers: int) -> list[nn.Module]:
+    """The list of layers that repeats; the one with most parameters where several have that length."""
+    found = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == layers]
+    if not found:
+        return []
+    return list(max(found, key=lambda part: sum(p.numel() for p in part.parameters())))
+
+
+def _static_tensors(model: nn.Module, owner: Mapping[int, int]) -> Iterator[tuple[int, Tensor]]:
+    from laras.models.step import path_of
+
+    fused = path_of(model).fused
+    storages: list[tuple[int, Tensor]] = []
+    for number, layer in enumerate(fused.layers if fused is not None else ()):
+        for group in layer.groups:
+            own = [group.storage, group.bias, getattr(group, "_factors", None)]
+            storages += [(number, tensor) for tensor in own if tensor is not None]
+    shared = [one.untyped_storage()._cdata for _, one in storages]
+    for number, tensor in storages:
+        yield (-1 if shared.count(tensor.untyped_storage()._cdata) > 1 else number), tensor
+    for module in model.modules():
+        layer = owner.get(id(module), -1)
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), *quantized_storages(module)):
+            yield layer, tensor
+
+
+# ------------------------------------------------------------ batches
+
+
+def _batch(choices: PlanChoices, rows: int, packed: bool, documents: int | None) -> dict[str, Tensor]:
+    """The largest batch of the plan, every token a target."""
+    shape = (1, rows * choices.max_length) if packed else (rows, choices.max_length)
+
+    def tokens() -> Tensor:
+        return torch.empty(shape, dtype=torch.int64, device="meta")
+
+    if not packed:
+        return {"input_ids": tokens(), "labels": tokens(), "attention_mask": tokens()}
+    offsets = torch.empty((documents or rows) + 1, dtype=torch.int32, device="meta")
+    places = torch.empty(shape[1], dtype=torch.int64, device="meta")
+    return {
+        "input_ids": tokens(),
+        "labels": tokens(),
+        "position_ids": tokens(),
+        "cu_seqlens": offsets,
+        "target_positions": places,
+    }
