@@ -10,9 +10,9 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import platformdirs
 
@@ -21,7 +21,7 @@ from laras.config import RunConfig
 from laras.data.store import read_tokens, tokens_digest, write_tokens
 from laras.errors import RunStateError
 from laras.progress import Observer
-from laras.records import DatasetProfile, SourceFile, SplitManifest, digest_of
+from laras.records import DatasetProfile, SplitManifest, digest_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -42,7 +42,13 @@ _SETTINGS = (
 )
 _SPLITS = ("train", "validation", "test")
 
-Entry = tuple[DatasetProfile, SplitManifest, dict[str, "pa.Table"]]
+
+class Entry(NamedTuple):
+    """Prepared data: the records, and the tokenised rows of each split."""
+
+    profile: DatasetProfile
+    manifest: SplitManifest
+    tables: dict[str, pa.Table]
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -57,25 +63,12 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, object]:
     return {name: str(token) for name, token in sorted(tokenizer.special_tokens_map.items())}
 
 
-def cache_key(
-    config: RunConfig,
-    files: Sequence[SourceFile],
-    tokenizer: PreTrainedTokenizerBase,
-    tokenizer_sha256: str,
-    cap_tokens: int,
-) -> str:
-    """Digest of the files, the settings that matter, the tokenizer and its template."""
+def cache_key(config: RunConfig, known: Mapping[str, Any], chat_template: Any) -> str:
+    """Digest of the settings that matter, of what is known of files and tokenizer, and of the chat template."""
+    facts = {**known, "files": [file.model_dump(mode="json") for file in known["files"]]}
     settings = config.model_dump(mode="json", include=set(_SETTINGS))
     return digest_of(
-        {
-            "layout": _LAYOUT,
-            "version": __version__,
-            "files": [file.model_dump(mode="json") for file in files],
-            "settings": settings,
-            "tokenizer": tokenizer_sha256,
-            "chat_template": tokenizer.chat_template,
-            "cap_tokens": cap_tokens,
-        }
+        {"layout": _LAYOUT, "version": __version__, "settings": settings, "facts": facts, "template": chat_template}
     )
 
 
@@ -97,21 +90,19 @@ def load_prepared(key: str, observer: Observer) -> Entry | None:
         shutil.rmtree(folder, ignore_errors=True)
         return None
     observer.message("the rows are taken from the cache, as files, settings and tokenizer are unchanged")
-    return profile, manifest, tables
+    return Entry(profile, manifest, tables)
 
 
-def store_prepared(
-    key: str, profile: DatasetProfile, manifest: SplitManifest, tables: Mapping[str, pa.Table], observer: Observer
-) -> None:
+def store_prepared(key: str, entry: Entry, observer: Observer) -> None:
     """Writes an entry whole or not at all; a cache that cannot be written costs time later, never the run."""
     aside = None
     try:
         _folder().mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=_folder()))
-        for split, table in tables.items():
+        for split, table in entry.tables.items():
             write_tokens(table, aside / f"{split}.parquet")
-        profile.save(aside)
-        manifest.save(aside)
+        entry.profile.save(aside)
+        entry.manifest.save(aside)
         if not (_folder() / key).exists():
             aside.rename(_folder() / key)
         _forget_oldest()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from laras.config import RunConfig
 from laras.data.analyze import length_stats
 from laras.data.duplicates import Groups
-from laras.data.examples import Part
+from laras.data.examples import Collected, Part
 from laras.data.split import SPLITS, Ratios, assign_splits, length_drift, split_ratios, strata_counts
 from laras.data.store import tokens_digest
 from laras.errors import DataError
@@ -26,12 +26,7 @@ Choice = SplitName | None  # None: the row is left out
 
 
 def divide_rows(
-    config: RunConfig,
-    table: pa.Table,
-    targets: Sequence[int],
-    parts: Sequence[Part],
-    strata: Sequence[str],
-    groups: Groups,
+    config: RunConfig, table: pa.Table, collected: Collected, groups: Groups
 ) -> tuple[dict[SplitName, pa.Table], SplitManifest]:
     """Tables of the splits, in the order of the rows, and the manifest (without its parent's digest).
 
@@ -40,10 +35,11 @@ def divide_rows(
     """
     import numpy as np
 
+    parts, strata = collected.parts, collected.strata
     ratios = _ratios(config, parts)
     choices, warnings = _choose(config, parts, strata, groups.keys, ratios)
     lengths = table.column("length").to_numpy()
-    target_counts = np.asarray(targets, dtype=np.int64)
+    target_counts = np.asarray(collected.targets, dtype=np.int64)
     of_row = np.array([choice or "" for choice in choices])
     tables, infos = {}, {}
     for split in SPLITS:
@@ -127,8 +123,8 @@ def _size_warnings(rows: dict[SplitName, int], groups: Groups, all_rows: int) ->
     if few:
         counts = ", ".join(f"{rows[split]:,} {split}" for split in SPLITS)
         warnings.append(
-            f"{all_rows:,} rows are enough to split ({counts}) but few for {' and '.join(few)}: learning from fewer than "
-            f"{FEW_TRAIN_ROWS} rows, or a score on fewer than {FEW_SCORED_ROWS}, says little"
+            f"{all_rows:,} rows are enough to split ({counts}) but few for {' and '.join(few)}: learning from fewer "
+            f"than {FEW_TRAIN_ROWS} rows, or a score on fewer than {FEW_SCORED_ROWS}, says little"
         )
     if groups.largest > max(10, _LARGE_GROUP * all_rows):
         warnings.append(

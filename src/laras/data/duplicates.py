@@ -28,10 +28,11 @@ _MARGIN = 0.15  # the estimate's standard error is at most 0.044, so a pair this
 _WINDOW = 1_024  # rows before it that a row of a bucket is compared with; more agree in boilerplate only
 _MOST_KNOWN_WORDS = 1_000_000
 _SEPARATOR = "\x1f"
+# Odd 64-bit numbers, one for each place in a shingle: the same words in another order hash otherwise.
+_MULTIPLIERS = (1, 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93)
 # Scripts written without spaces: each character is a word.
-_WORD = re.compile(
-    r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]|[^\s\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff]+"
-)
+_UNSPACED = r"\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\U00020000-\U0003ffff"
+_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 
 
 class Groups(NamedTuple):
@@ -180,13 +181,10 @@ def _shingles(words: np.ndarray) -> np.ndarray:
     """A 64-bit hash of every 5 words in a row; of the whole when there are fewer. Never empty."""
     import numpy as np
 
-    multipliers = np.array(
-        [1, 0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93], np.uint64
-    )
     count = max(len(words) - WORDS_PER_SHINGLE + 1, 1)
     hashes = np.zeros(count, dtype=np.uint64)
     for place in range(min(WORDS_PER_SHINGLE, len(words))):
-        hashes += words[place : place + count] * multipliers[place]  # modulo 2^64
+        hashes += words[place : place + count] * np.uint64(_MULTIPLIERS[place])  # modulo 2^64
     hashes ^= hashes >> np.uint64(32)
     return hashes * np.uint64(0x9FB21C651E98DF25)
 

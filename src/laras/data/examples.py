@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from laras.config import RunConfig
 from laras.data.duplicates import DuplicateFinder
@@ -66,7 +66,7 @@ class _Placed(NamedTuple):
     """A row with where it stands."""
 
     source: Source
-    index: int  # 0-based among all rows of all sources
+    position: int  # 0-based among all rows of all sources
     row: SourceRow
 
 
@@ -94,9 +94,9 @@ def collect_examples(
     first = list(islice(rows, DETECTION_ROWS))
     layout = _layout(config, first)
     renderer = build_renderer(tokenizer, layout.format, config.completion_only_loss)
-    finder = DuplicateFinder(config.split.near_duplicate_threshold)
-    collected = Collected(layout.format, renderer.mask_source, finder)
-    _encode(chain(first, rows), layout, renderer, config, cap_tokens, collected, observer)
+    encoder = _Encoder(config, layout, renderer, cap_tokens)
+    encoder.encode(chain(first, rows), observer)
+    collected = encoder.collected
     # Problems of rendering are found a batch later than those of reading.
     order = {source.record.path: number for number, source in enumerate(sources)}
     collected.problems.sort(key=lambda problem: (order[problem.file], problem.line))
@@ -105,15 +105,15 @@ def collect_examples(
 
 def _placed_rows(sources: Iterable[Source], limit: int | None) -> Iterator[_Placed]:
     """All rows; with a limit, so many of every part."""
-    index = 0
+    position = 0
     taken: dict[Part, int] = {}
     for source in sources:
         left = None if limit is None else limit - taken.get(source.part, 0)
         if left == 0:
             continue
         for row in islice(source.rows(), left):
-            yield _Placed(source, index, row)
-            index += 1
+            yield _Placed(source, position, row)
+            position += 1
             taken[source.part] = taken.get(source.part, 0) + 1
 
 
@@ -149,89 +149,98 @@ def _layout(config: RunConfig, first: list[_Placed]) -> Layout:
     return Layout(found.format, {**optional, **found.columns})
 
 
-def _encode(
-    rows: Iterator[_Placed],
-    layout: Layout,
-    renderer: Renderer,
-    config: RunConfig,
-    cap_tokens: int,
-    collected: Collected,
-    observer: Observer,
-) -> None:
-    action: Literal["stopped", "skipped"] = "skipped" if config.on_bad_rows == "skip" else "stopped"
-    under_way: deque[list[_Candidate]] = deque()
+class _Encoder:
+    """Takes rows batch by batch into a `Collected`."""
 
-    def reject(placed: _Placed, reason: str) -> None:
-        collected.problems.append(
-            RowProblem(file=placed.source.record.path, line=placed.row.line, reason=reason, action=action)
+    def __init__(self, config: RunConfig, layout: Layout, renderer: Renderer, cap_tokens: int) -> None:
+        self.collected = Collected(
+            layout.format, renderer.mask_source, DuplicateFinder(config.split.near_duplicate_threshold)
         )
+        self._config = config
+        self._layout = layout
+        self._renderer = renderer
+        self._cap_tokens = cap_tokens
+        self._under_way: deque[list[_Candidate]] = deque()  # the renderer is a batch ahead of its results
 
-    def batches() -> Iterator[list[Example]]:
+    def encode(self, rows: Iterator[_Placed], observer: Observer) -> None:
+        """Encodes all rows."""
+        for results in self._renderer.encode_batches(self._batches(rows)):
+            pairs = zip(self._under_way.popleft(), results, strict=True)
+            usable = [(candidate, self._usable(candidate, result)) for candidate, result in pairs]
+            self._keep([(candidate, encoded) for candidate, encoded in usable if encoded is not None])
+            observer.stage_progress(self.collected.rows, None, "rows")
+
+    def _batches(self, rows: Iterator[_Placed]) -> Iterator[list[Example]]:
         while batch := list(islice(rows, _BATCH_ROWS)):
-            collected.rows += len(batch)
+            self.collected.rows += len(batch)
             candidates = []
             for placed in batch:
-                candidate = _candidate(placed, layout, config.split.stratify_by)
+                candidate = _candidate(placed, self._layout, self._config.split.stratify_by)
                 if isinstance(candidate, str):
-                    reject(placed, candidate)
+                    self._reject(placed, candidate)
                 else:
                     candidates.append(candidate)
-            under_way.append(candidates)
+            self._under_way.append(candidates)
             yield [candidate.example for candidate in candidates]
 
-    for results in renderer.encode_batches(batches()):
-        kept: list[tuple[_Candidate, Encoded]] = []
-        for candidate, result in zip(under_way.popleft(), results, strict=True):
-            reason = _unusable(candidate, result, config, cap_tokens, collected)
-            if reason:
-                reject(candidate.placed, reason)
-            elif isinstance(result, Encoded) and not (
-                config.overlong != "truncate" and len(result.input_ids) > cap_tokens
-            ):
-                kept.append((candidate, result))
-        _keep(kept, cap_tokens, collected, config.split.stratify_by is not None)
-        observer.stage_progress(collected.rows, None, "rows")
+    def _reject(self, placed: _Placed, reason: str) -> None:
+        self.collected.problems.append(
+            RowProblem(
+                file=placed.source.record.path,
+                line=placed.row.line,
+                reason=reason,
+                action="skipped" if self._config.on_bad_rows == "skip" else "stopped",
+            )
+        )
+
+    def _usable(self, candidate: _Candidate, result: Encoded | RenderProblem) -> Encoded | None:
+        """What is kept of an example, cut to the cap; notes why nothing is."""
+        if isinstance(result, RenderProblem):
+            self._reject(candidate.placed, result.reason)
+            return None
+        length, cap = len(result.input_ids), self._cap_tokens
+        if length <= cap:
+            return result
+        placed = candidate.placed
+        self.collected.overlong.append((placed.source.record.path, placed.row.line, length))
+        if self._config.overlong != "truncate":
+            return None
+        cut = Encoded(result.input_ids[:cap], result.labels[:cap], result.text)
+        if not target_count(cut.labels):
+            self._reject(
+                placed, f"{length:,} tokens, and none of the first {cap:,} carries loss: the prompt alone is too long"
+            )
+            return None
+        return cut
+
+    def _keep(self, kept: list[tuple[_Candidate, Encoded]]) -> None:
+        if not kept:
+            return
+        collected = self.collected
+        labels = [encoded.labels for _, encoded in kept]
+        collected.tables.append(
+            token_table(
+                [encoded.input_ids for _, encoded in kept], labels, [candidate.placed.position for candidate, _ in kept]
+            )
+        )
+        collected.targets += [target_count(row) for row in labels]
+        collected.parts += [candidate.placed.source.part for candidate, _ in kept]
+        if self._config.split.stratify_by is not None:
+            collected.strata += [candidate.stratum for candidate, _ in kept]
+        collected.duplicates.add([candidate.example for candidate, _ in kept])
 
 
 def _candidate(placed: _Placed, layout: Layout, stratify_by: str | None) -> _Candidate | str:
+    """The example in a row, or why there is none."""
     row = placed.row
     if row.reason is not None:
         return row.reason
     example = normalize_row(row.value, layout)
     if isinstance(example, str):
         return example
-    stratum: Any = None
+    stratum = None
     if stratify_by is not None:
         stratum = row.value.get(stratify_by)
         if stratum is None:
             return f"missing field {stratify_by!r}, which `split.stratify_by` names"
     return _Candidate(placed, str(stratum), example)
-
-
-def _unusable(
-    candidate: _Candidate, result: Encoded | RenderProblem, config: RunConfig, cap_tokens: int, collected: Collected
-) -> str | None:
-    """Why an example cannot be learned from; notes the ones beyond the cap."""
-    if isinstance(result, RenderProblem):
-        return result.reason
-    length = len(result.input_ids)
-    if length <= cap_tokens:
-        return None
-    placed = candidate.placed
-    collected.overlong.append((placed.source.record.path, placed.row.line, length))
-    if config.overlong == "truncate" and not target_count(result.labels[:cap_tokens]):
-        return f"{length:,} tokens, and none of the first {cap_tokens:,} carries loss: the prompt alone is too long"
-    return None
-
-
-def _keep(kept: list[tuple[_Candidate, Encoded]], cap_tokens: int, collected: Collected, stratified: bool) -> None:
-    if not kept:
-        return
-    ids = [encoded.input_ids[:cap_tokens] for _, encoded in kept]
-    labels = [encoded.labels[:cap_tokens] for _, encoded in kept]
-    collected.tables.append(token_table(ids, labels, [candidate.placed.index for candidate, _ in kept]))
-    collected.targets += [target_count(row) for row in labels]
-    collected.parts += [candidate.placed.source.part for candidate, _ in kept]
-    if stratified:
-        collected.strata += [candidate.stratum for candidate, _ in kept]
-    collected.duplicates.add([candidate.example for candidate, _ in kept])

@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from laras.config import DatasetFiles, RunConfig
 from laras.data.analyze import length_stats
-from laras.data.cache import cache_key, load_prepared, store_prepared, tokenizer_digest
+from laras.data.cache import Entry, cache_key, load_prepared, store_prepared, tokenizer_digest
 from laras.data.divide import divide_rows
 from laras.data.duplicates import Groups
 from laras.data.examples import Collected, collect_examples
 from laras.data.render import CHAT_FORMATS
 from laras.data.sources import Source, find_sources
-from laras.data.store import token_table
 from laras.errors import BadRowsError, DataError
 from laras.progress import Observer
 from laras.records import DatasetProfile, RowProblem, SplitManifest, digest_of
@@ -67,63 +66,64 @@ def prepare_dataset(
     observer.stage_started(f"reading {name}")
     sources = find_sources(config.dataset)
     cap_tokens = min(config.max_length, context_tokens)
-    tokenizer_sha256 = tokenizer_digest(tokenizer)
-    key = cache_key(config, [source.record for source in sources], tokenizer, tokenizer_sha256, cap_tokens)
-    if (cached := load_prepared(key, observer)) is not None:
-        profile, manifest, tables = cached
-    else:
-        collected = collect_examples(config, sources, tokenizer, cap_tokens, observer)
-        profile, manifest, tables = _divided(
-            config, name, sources, collected, tokenizer, tokenizer_sha256, cap_tokens, observer
-        )
-        store_prepared(key, profile, manifest, tables, observer)
-    for warning in manifest.warnings:
+    known = {
+        "source": name,
+        "files": tuple(source.record for source in sources),
+        "max_length_tokens": cap_tokens,
+        "overlong": config.overlong,
+        "tokenizer_digest": tokenizer_digest(tokenizer),
+    }
+    key = cache_key(config, known, tokenizer.chat_template)
+    entry = load_prepared(key, observer)
+    if entry is None:
+        entry = _prepared_anew(config, sources, tokenizer, known, observer)
+        store_prepared(key, entry, observer)
+    for warning in entry.manifest.warnings:
         observer.warning(warning)
-    return PreparedData(profile, manifest, tables["train"], tables["validation"], tables["test"])
+    return PreparedData(entry.profile, entry.manifest, **entry.tables)
 
 
-def _divided(
+def _prepared_anew(
     config: RunConfig,
-    name: str,
     sources: list[Source],
-    collected: Collected,
     tokenizer: PreTrainedTokenizerBase,
-    tokenizer_sha256: str,
-    cap_tokens: int,
+    known: dict[str, Any],
     observer: Observer,
-) -> tuple[DatasetProfile, SplitManifest, dict[str, pa.Table]]:
+) -> Entry:
     import pyarrow as pa
 
+    cap_tokens = known["max_length_tokens"]
+    collected = collect_examples(config, sources, tokenizer, cap_tokens, observer)
     _stop_if_unusable(config, collected, cap_tokens)
     observer.stage_started("comparing and dividing rows")
-    table = pa.concat_tables(collected.tables) if collected.tables else token_table([], [], [])
+    table = pa.concat_tables(collected.tables)
     groups = collected.duplicates.groups()
-    profile = DatasetProfile(
-        source=name,
-        files=tuple(source.record for source in sources),
+    template = digest_of(tokenizer.get_chat_template()) if collected.format in CHAT_FORMATS else None
+    profile = _profile(collected, table, groups, {**known, "chat_template_digest": template})
+    tables, manifest = _divide(config, table, collected, groups)
+    return Entry(profile, manifest.model_copy(update={"parent_digest": profile.digest()}), tables)
+
+
+def _profile(collected: Collected, table: pa.Table, groups: Groups, known: dict[str, Any]) -> DatasetProfile:
+    return DatasetProfile(
         format=collected.format,
         rows=collected.rows,
         kept_rows=table.num_rows,
         problems=tuple(collected.problems),
         tokens=length_stats(table.column("length").to_numpy(), collected.targets),
-        max_length_tokens=cap_tokens,
-        overlong=config.overlong,
         truncated_rows=len(collected.overlong),
         duplicate_rows=groups.duplicate_rows,
         near_duplicate_groups=groups.shared,
         mask_source=collected.mask_source,
-        tokenizer_digest=tokenizer_sha256,
-        chat_template_digest=(digest_of(tokenizer.get_chat_template()) if collected.format in CHAT_FORMATS else None),
+        **known,
     )
-    tables, manifest = _divide(config, table, collected, groups)
-    return profile, manifest.model_copy(update={"parent_digest": profile.digest()}), tables
 
 
 def _divide(
     config: RunConfig, table: pa.Table, collected: Collected, groups: Groups
 ) -> tuple[dict[str, pa.Table], SplitManifest]:
     try:
-        tables, manifest = divide_rows(config, table, collected.targets, collected.parts, collected.strata, groups)
+        tables, manifest = divide_rows(config, table, collected, groups)
     except DataError as error:
         if groups.shared and config.split.near_duplicate_threshold < 1:
             hint = f"{error.hint}; `split: {{near_duplicate_threshold: 1}}` lets near duplicates count as different"

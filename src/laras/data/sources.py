@@ -167,7 +167,8 @@ def _builtin(name: str, part: SplitName | None) -> Source:
 
 def _hub(name: str, part: SplitName | None) -> list[Source]:
     """A dataset named `owner/name`, `owner/name:configuration` or `owner/name:configuration:split`."""
-    path, configuration, split = (*name.split(":"), None, None)[:3]
+    path, *chosen_parts = name.split(":")
+    configuration, split = (*chosen_parts, None, None)[:2]
     tables = load_tables(path, configuration)
     if split is not None:
         if split not in tables:
