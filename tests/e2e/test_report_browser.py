@@ -25,7 +25,8 @@ const paint = getComputedStyle(document.querySelector("svg text"));
 const result = {
   figures: [...document.querySelectorAll("svg")].map(e => ({box: box(e), drawn: box(e.querySelector("g")),
     label: e.getAttribute("aria-labelledby").split(" ").map(i => document.getElementById(i).textContent).join(" ")})),
-  unfocusable: focusable.filter(e => { e.focus(); return document.activeElement !== e; }).map(e => e.outerHTML.slice(0, 80)),
+  unfocusable: focusable.filter(e => { e.focus(); return document.activeElement !== e; })
+    .map(e => e.outerHTML.slice(0, 80)),
   unnamed: focusable.filter(e => !named(e)).map(e => e.outerHTML.slice(0, 80)),
   focusable: focusable.length, ink: paint.fill, background: getComputedStyle(document.body).backgroundColor,
   overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,

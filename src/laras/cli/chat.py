@@ -42,7 +42,7 @@ def chat_command(  # noqa: PLR0917 - each is an option of the command line
 
     from laras.evaluation.generate import GenerationSettings
 
-    set_verbosity_error()
+    set_verbosity_error()  # type: ignore[no-untyped-call]
     names = ("base", "tuned") if compare else ("base",) if base else ("tuned",)
     settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
     chat = _Chat(_load(run), settings, system, names)

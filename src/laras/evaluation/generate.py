@@ -69,7 +69,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) 
     """Tokens of a conversation that waits for an answer; without a chat template, the last message as it is."""
     if tokenizer.chat_template is None:
         return list(tokenizer(messages[-1]["content"])["input_ids"])
-    rendered = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False)
+    rendered = tokenizer.apply_chat_template([dict(m) for m in messages], add_generation_prompt=True, tokenize=False)
     return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
 
@@ -97,8 +97,10 @@ def stream_answer(
         raise ConfigError(
             f"the conversation has {len(ids)} tokens and the model's context is full", hint="start anew with /reset"
         )
-    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)  # type: ignore[no-untyped-call]
-    stop, produced, failures = threading.Event(), [], []
+    streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    stop = threading.Event()
+    produced: list[int] = []
+    failures: list[Exception] = []
     stops = stop_token_ids(model, tokenizer)
 
     def work() -> None:
@@ -111,7 +113,7 @@ def stream_answer(
             )
         except Exception as error:  # noqa: BLE001 - handed to the caller's thread and raised there
             failures.append(error)
-            streamer.end()
+            streamer.end()  # type: ignore[no-untyped-call]
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -178,8 +180,8 @@ def generate_samples(  # noqa: PLR0917
         samples.append(
             Sample(
                 row=int(row.get("row", index)),
-                prompt=tokenizer.decode(ids[:start]),
-                reference=tokenizer.decode(ids[start:], skip_special_tokens=True).strip(),
+                prompt=str(tokenizer.decode(ids[:start])),
+                reference=str(tokenizer.decode(ids[start:], skip_special_tokens=True)).strip(),
                 base=base_text,
                 tuned=stream_answer(model, tokenizer, ids[:start], settings).text,
             )
@@ -221,7 +223,7 @@ def _generate(
             attention_mask=torch.ones_like(input_ids_BT),
             max_new_tokens=max_new_tokens,
             eos_token_id=stops or None,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [None])[0],
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0] if stops else None,
             stopping_criteria=StoppingCriteriaList([_Stop(stop)]),
             streamer=streamer,
             use_cache=True,

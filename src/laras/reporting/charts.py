@@ -29,7 +29,7 @@ from laras.reporting.drawing import (
     step_axis,
 )
 from laras.reporting.formatting import GIB, interval, number, short, size
-from laras.reporting.history import History, Series, envelope
+from laras.reporting.history import FloatArray, History, Series, envelope
 from laras.reporting.run_data import RunData
 
 # Most marks that a figure shows of one kind of event; the table beside it lists all.
@@ -258,11 +258,11 @@ def _envelope_line(
     if reduced.points_per_bucket > 1:
         axis.fill_between(reduced.step, reduced.low, reduced.high, color=color, alpha=0.22, linewidth=0)
         label += f", mean of {reduced.points_per_bucket}"
-    alone = {"marker": "o", "markersize": 5} if len(series) == 1 else {}
-    axis.plot(reduced.step, reduced.mean, color=color, label=label, linestyle=dash, linewidth=1.4, **alone)
+    marker = "o" if len(series) == 1 else None  # one point makes no line
+    axis.plot(reduced.step, reduced.mean, color=color, label=label, linestyle=dash, linewidth=1.4, marker=marker)
 
 
-def _styled(axis: Axes, x: Sequence[float], y: Sequence[float], index: int, label: str, *, markers: bool) -> None:
+def _styled(axis: Axes, x: FloatArray, y: FloatArray, index: int, label: str, *, markers: bool) -> None:
     style = index % len(SERIES_COLORS)
     axis.plot(
         x,
@@ -376,7 +376,8 @@ def _loss_description(run: RunData, train: Series, validation: Series) -> str:
         if len(series):
             parts.append(
                 f"{name} loss: {number(series.value[0])} at step {series.step[0]:,.0f}, {number(series.value[-1])} "
-                f"at step {series.step[-1]:,.0f}, between {number(series.value.min())} and {number(series.value.max())}."
+                f"at step {series.step[-1]:,.0f}, between {number(series.value.min())} and "
+                f"{number(series.value.max())}."
             )
     if run.best is not None:
         perplexity = math.exp(min(run.best.eval_loss, 700))

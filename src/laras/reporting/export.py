@@ -128,10 +128,10 @@ def _write(
         _copy_files(final, folder)
         return None, None
     observer.stage_started("loading the model in its own precision")
-    model, reference_PTV = (_load_full(final), None) if full else _merge(run, final)
+    model, reference_TV = (_load_full(final), None) if full else _merge(run, final)
     tokenizer = AutoTokenizer.from_pretrained(final)
     probe = _probe(run, tokenizer)
-    expected_PTV = reference_PTV if reference_PTV is not None else _logits(model, probe)
+    expected_TV = reference_TV if reference_TV is not None else _logits(model, probe)
     if format == "merged":
         observer.stage_started("writing the merged weights")
         model.save_pretrained(folder)
@@ -139,14 +139,14 @@ def _write(
         observer.stage_started("checking the result")
         precision = _PRECISIONS[model.dtype]
         del model
-        return _verify(load_model(str(folder), precision=precision), probe, expected_PTV, precision)
+        return _verify(load_model(str(folder), precision=precision), probe, expected_TV, precision)
     require_family(model.config)
     observer.stage_started("writing the GGUF file")
     write_gguf(model, tokenizer, folder / GGUF_NAME, quantization, run.name)
     if format == "ollama":
         (folder / "Modelfile").write_text(modelfile(tokenizer, run), encoding="utf-8")
     observer.stage_started("checking the result")
-    return _verify(_load_gguf(folder, model), probe, expected_PTV, quantization)
+    return _verify(_load_gguf(folder, model), probe, expected_TV, quantization)
 
 
 def _copy_files(source: Path, folder: Path) -> None:
@@ -171,24 +171,28 @@ def _copy_adapter(run: RunData, final: Path, folder: Path) -> None:
 
 
 def _load_full(final: Path) -> PreTrainedModel:
-    config = load_model_config(str(final))
-    return load_model(str(final), precision=_PRECISIONS.get(config.dtype, "fp32")).eval()
+    precision = _own_precision(load_model_config(str(final)))
+    return load_model(str(final), precision=precision).eval()  # type: ignore[no-untyped-call,no-any-return]
 
 
 def _merge(run: RunData, final: Path) -> tuple[PreTrainedModel, torch.Tensor]:
     """The unquantised base with the adapter added to its weights, and what the adapter model computed before."""
     assert run.config is not None
-    source = {"revision": run.config.model_revision, "trust_remote_code": run.config.trust_remote_code}
-    config = load_model_config(run.config.model_name_or_path, **source)
-    precision = _PRECISIONS.get(config.dtype, "fp32")
-    base = load_model(run.config.model_name_or_path, precision=precision, **source)
+    source, revision, trusted = run.config.model_name_or_path, run.config.model_revision, run.config.trust_remote_code
+    precision = _own_precision(load_model_config(source, revision=revision, trust_remote_code=trusted))
+    base = load_model(source, precision=precision, revision=revision, trust_remote_code=trusted)
     try:
         adapted: Any = PeftModel.from_pretrained(base, str(final)).eval()
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{final} holds no usable adapter: {error}", hint="restore the folder") from None
-    logits_PTV = _logits(adapted, _probe(run, AutoTokenizer.from_pretrained(final)))
-    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
-    return merged.eval(), logits_PTV
+    logits_TV = _logits(adapted, _probe(run, AutoTokenizer.from_pretrained(final)))
+    merged: Any = adapted.merge_and_unload(safe_merge=True)
+    return merged.eval(), logits_TV
+
+
+def _own_precision(config: Any) -> Precision:
+    """The format in which a model's weights are stored."""
+    return _PRECISIONS.get(config.dtype, "fp32")
 
 
 def _probe(run: RunData, tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

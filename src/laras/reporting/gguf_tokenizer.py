@@ -71,7 +71,7 @@ def gguf_tokenizer(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> GgufT
         types.append(_token_type(index, by_id, added, tokenizer.unk_token_id, is_byte_level))
     scores: tuple[float, ...] = ()
     if not is_byte_level:
-        rank = {}
+        rank: dict[str, float] = {}
         for place, pair in enumerate(merges):
             rank.setdefault(pair.replace(" ", "", 1), -float(place))
         scores = tuple(

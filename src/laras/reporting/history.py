@@ -122,7 +122,7 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     step = line.get("step") if isinstance(line, dict) else None
-    return line if type(step) in (int, float) and math.isfinite(step) else None
+    return line if isinstance(step, int | float) and math.isfinite(step) else None
 
 
 def _number(value: Any, default: float) -> float:

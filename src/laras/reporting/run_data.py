@@ -119,7 +119,8 @@ def load_run_data(run_dir: Path) -> RunData:
             damaged.append(error.message)
             return None
 
-    config, openings = None, ()
+    config: RunConfig | None = None
+    openings: tuple[Opening, ...] = ()
     try:
         config = run.load_config() if run.config.is_file() else None
     except RunStateError as error:
