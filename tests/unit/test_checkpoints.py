@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from laras.errors import CheckpointError
+from laras.errors import CheckpointError, TrainingAborted
 from laras.training.checkpoints import list_checkpoints, remove_old_checkpoints, save_checkpoint, verify_checkpoint
 
 
@@ -27,7 +27,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
         write_two_files(folder)
         raise OSError("disk full")
 
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(TrainingAborted, match="disk full"):
         save_checkpoint(tmp_path, 1, fail)
     assert list(tmp_path.iterdir()) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,8 @@ def test_the_result_does_not_depend_on_how_the_batch_is_divided(
 
 def test_a_resume_ends_with_the_same_bytes_as_a_run_that_never_stopped(tmp_path: Path) -> None:
     _, uninterrupted = train(tmp_path / "a", plan(4, 2), dropout=True)
-    _, resumed = train(tmp_path / "b", plan(4, 2), dropout=True, resume_from=tmp_path / "a" / "checkpoints" / "step-3")
+    shutil.copytree(tmp_path / "a" / "checkpoints" / "step-3", tmp_path / "b" / "checkpoints" / "step-3")
+    _, resumed = train(tmp_path / "b", plan(4, 2), dropout=True, resume_from=tmp_path / "b" / "checkpoints" / "step-3")
     assert all(torch.equal(resumed[name], value) for name, value in uninterrupted.items())
     final = "final/adapter_model.safetensors"
     assert (tmp_path / "a" / final).read_bytes() == (tmp_path / "b" / final).read_bytes()

@@ -1,7 +1,8 @@
 """Checkpoints: `checkpoints/step-N/`, complete with a digest of every file, or not there at all.
 
 A checkpoint is written into a hidden folder beside its place, every file synced and listed with its SHA-256 in
-`manifest.json`, and the folder is then renamed. One that no longer matches its manifest is not used.
+`manifest.json`, and the folder is then renamed. One that no longer matches its manifest is set aside as
+`step-N.damaged`, with the reason in it, and the one before it is used.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from laras.errors import CheckpointError
+from laras.errors import CheckpointError, TrainingAborted
+from laras.progress import Observer
 from laras.records import write_atomically
 
 MANIFEST_NAME = "manifest.json"
+REASON_NAME = "damaged.txt"
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -28,21 +31,49 @@ def save_checkpoint(folder: Path, step: int, write_files: Callable[[Path], None]
         folder: The run's `checkpoints` folder.
         step: The optimizer steps done.
         write_files: Writes the checkpoint's files into the folder that it is given.
+
+    Raises:
+        TrainingAborted: When it cannot be written; those before it are untouched.
     """
-    final = folder / f"step-{step}"
-    aside = folder / f".step-{step}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        return write_whole(folder / f"step-{step}", write_files)
+    except OSError as error:
+        raise _unwritable(f"the checkpoint of step {step}", folder, error) from error
+
+
+def write_whole(folder: Path, write_files: Callable[[Path], None]) -> Path:
+    """Writes a sealed folder aside and renames it to its place, where an older one gives way.
+
+    Raises:
+        OSError: As writing does; the older folder is then still there.
+    """
+    aside, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    for leftover in (aside, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
         write_files(aside)
         seal_folder(aside)
-        if final.exists():  # written before a resume from an earlier step
-            shutil.rmtree(final)
-        aside.rename(final)
-        _sync(folder)
+        if folder.exists():
+            folder.rename(old)
+        aside.rename(folder)
+        _sync(folder.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return final
+        shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _unwritable(what: str, folder: Path, error: Exception) -> TrainingAborted:
+    reason = getattr(error, "strerror", None) or str(error)
+    try:
+        free = f"; {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free"
+    except OSError:
+        free = ""
+    return TrainingAborted(
+        f"{what} cannot be written: {reason}{free}",
+        hint="make room, then go on with `laras resume`; the checkpoints before it are whole",
+    )
 
 
 def seal_folder(folder: Path) -> None:
@@ -59,21 +90,84 @@ def verify_checkpoint(folder: Path) -> None:
     """Compares every file with the manifest.
 
     Raises:
-        CheckpointError: Naming each file that is missing or altered.
+        CheckpointError: Naming each file that is missing, altered or not of the checkpoint.
     """
-    try:
-        digests = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        problems = [
-            f"{name}: {'altered' if (folder / name).is_file() else 'missing'}"
-            for name, digest in digests.items()
-            if not (folder / name).is_file() or _file_digest(folder / name) != digest
-        ]
-    except (OSError, ValueError, AttributeError) as error:
-        problems = [f"{MANIFEST_NAME}: {type(error).__name__}"]
+    problems = checkpoint_problems(folder)
     if problems:
         raise CheckpointError(
             f"checkpoint {folder.name} is damaged", problems=problems, hint="resume from an earlier checkpoint"
         )
+
+
+def checkpoint_problems(folder: Path) -> list[str]:
+    """What is wrong with a sealed folder, a file a line; nothing of it is loaded to find out."""
+    try:
+        digests = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+        unknown = sorted(present - set(digests) - {MANIFEST_NAME})
+        problems = [f"{name}: not of this checkpoint" for name in unknown]
+        for name, digest in digests.items():
+            if name not in present:
+                problems.append(f"{name}: missing")
+            elif (folder / name).is_symlink() or _file_digest(folder / name) != digest:
+                problems.append(f"{name}: altered")
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        problems = [f"{MANIFEST_NAME}: {type(error).__name__}"]
+    return problems
+
+
+def choose_checkpoint(folder: Path, step: int | None, observer: Observer) -> Path | None:
+    """The newest good checkpoint, or the one of a step; damaged ones are set aside, loudly.
+
+    Args:
+        folder: The run's `checkpoints` folder.
+        step: The step to go on from; None for the newest.
+        observer: Is told of damage.
+
+    Returns:
+        None when there is no good one, so that the run starts again.
+
+    Raises:
+        CheckpointError: There is no checkpoint of this step, or it is damaged.
+    """
+    found = list_checkpoints(folder)
+    if step is not None:
+        chosen = dict(found).get(step)
+        if chosen is None:
+            known = ", ".join(str(known_step) for known_step, _ in found) or "none"
+            raise CheckpointError(f"the run has no checkpoint of step {step}", hint=f"it has: {known}")
+        verify_checkpoint(chosen)
+        return chosen
+    for _, path in reversed(found):
+        problems = checkpoint_problems(path)
+        if not problems:
+            return path
+        aside = set_aside(path, problems)
+        observer.warning(f"{path.name} is damaged ({'; '.join(problems)}); it is kept as {aside.name} and not used")
+    return None
+
+
+def set_aside(path: Path, problems: list[str]) -> Path:
+    """Renames a damaged checkpoint to `step-N.damaged` and writes the reason into it."""
+    aside = path.with_name(f"{path.name}.damaged")
+    number = 2
+    while aside.exists():
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+        number += 1
+    path.rename(aside)
+    (aside / REASON_NAME).write_text("\n".join(problems) + "\n", encoding="utf-8")
+    return aside
+
+
+def damaged_checkpoints(folder: Path) -> list[tuple[int, str]]:
+    """Step and reason of every checkpoint that was set aside, oldest step first."""
+    found = []
+    for path in folder.glob("step-*.damaged*"):
+        match = _STEP_FOLDER.match(path.name)
+        reason = path / REASON_NAME
+        if match and reason.is_file():
+            found.append((int(match[1]), f"{path.name}: {'; '.join(reason.read_text('utf-8').splitlines())}"))
+    return sorted(found)
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -83,10 +177,14 @@ def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def remove_old_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
-    """Keeps the newest `keep` checkpoints and the best one."""
-    for step, path in list_checkpoints(folder)[:-keep]:
+    """Keeps the newest `keep` checkpoints, at least one, and the best one; removes what a crash left half-removed."""
+    for step, path in list_checkpoints(folder)[: -max(1, keep)]:
         if step != best_step:
-            shutil.rmtree(path)
+            gone = path.with_name(f".{path.name}.removed")  # a crash in between must not leave a damaged one
+            path.rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
+    for leftover in (*folder.glob(".step-*.removed"), *folder.glob(".step-*.partial"), *folder.glob(".step-*.old")):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _file_digest(path: Path) -> str:

@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
 from datasets import Dataset
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from trl import SFTConfig
 
 from laras.config import RunConfig
-from laras.data.collate import PadCollator
+from laras.data.store import tokens_digest
+from laras.errors import LarasError, TrainingAborted, TrainingInterrupted
+from laras.models.step import TrainStep, eager_step
 from laras.progress import Observer
-from laras.records import BestCheckpoint, Measured, RunResult, TrainPlan
-from laras.training.checkpoints import seal_folder, verify_checkpoint
+from laras.records import BestCheckpoint, Measured, RunEvent, RunResult, RunStatus, TrainPlan
+from laras.training.batches import TokenRows, TrainBatches
+from laras.training.callbacks.memory import MemoryMonitor
+from laras.training.callbacks.metrics_log import MetricsLog
+from laras.training.checkpoints import checkpoint_problems, damaged_checkpoints, verify_checkpoint, write_whole
+from laras.training.drift import check_resume, identity_of
+from laras.training.numbers import Stopping
+from laras.training.signals import StopRequest, stop_on_signals
+from laras.training.state import STATE_FILES, Counters, load_weights, read_state, write_model
+from laras.training.trackers import build_trackers
 from laras.training.trainer import LarasTrainer
 
 
@@ -32,8 +46,10 @@ def run_training(
     observer: Observer,
     callbacks: tuple[TrainerCallback, ...] = (),
     resume_from: Path | None = None,
+    make_step: Callable[[nn.Module], TrainStep] = eager_step,
+    rehearse: bool | None = None,
 ) -> RunResult:
-    """Trains, validates, keeps the best, and writes `final/` and the result record.
+    """Trains, validates, keeps the best, and writes `best/`, `final/` and the result record.
 
     Args:
         config: What the user wants; the optimization is taken from here.
@@ -42,61 +58,208 @@ def run_training(
         tokenizer: Saved beside the weights.
         train_rows: Tokenised rows with `input_ids` and `labels`.
         validation_rows: The same.
-        run_dir: The run's directory.
+        run_dir: The run's directory, which this process owns.
         observer: Is told what happens.
-        callbacks: Further callbacks: metrics, trackers.
-        resume_from: A checkpoint to go on from.
+        callbacks: Further callbacks.
+        resume_from: A checkpoint to go on from (`laras.training.resume.choose_checkpoint`).
+        make_step: Makes the training step of the model on its device.
+        rehearse: Try the largest batch before the first step; None: on a GPU.
 
     Raises:
         CheckpointError: When `resume_from` is damaged.
+        RunStateError: When the run has changed since `resume_from`; names every change.
+        TrainingInterrupted: A signal asked to stop; the state is saved.
+        TrainingAborted: Numbers that do not train, memory that no split cures, or a disk that is full.
     """
     if resume_from is not None:
         verify_checkpoint(resume_from)
-    stopping = []
-    if config.early_stopping_patience is not None:
-        stopping.append(EarlyStoppingCallback(config.early_stopping_patience, config.early_stopping_min_delta))
-    trainer = LarasTrainer(
-        checkpoints=run_dir / "checkpoints",
-        observer=observer,
-        model=model,
-        args=sft_config(config, plan, run_dir),
-        data_collator=PadCollator(tokenizer.pad_token_id),
-        train_dataset=train_rows,
-        eval_dataset=validation_rows,
-        processing_class=tokenizer,
-        callbacks=[*stopping, *callbacks],
-    )
-    observer.training_started(plan, 0)
-    started = time.monotonic()
-    output = trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
-    elapsed_s = time.monotonic() - started
-    state = trainer.state
-    if trainer.is_world_process_zero():
-        _write_model(trainer, run_dir)
-    best = None
-    if state.best_metric is not None:
-        best = BestCheckpoint(step=state.best_global_step, eval_loss=state.best_metric)
-    on_gpu = torch.cuda.is_available() and trainer.args.device.type == "cuda"
-    resident_bytes = psutil.Process().memory_info().rss
-    result = RunResult(
-        parent_digest=plan.digest(),
-        status="finished",
-        steps=state.global_step,
-        epochs=float(state.epoch or 0),
-        train_loss=output.training_loss,
-        best=best,
-        stopped_early=state.global_step < state.max_steps,
-        measured=Measured(
-            peak_allocated_bytes=torch.cuda.max_memory_allocated() if on_gpu else resident_bytes,
-            peak_reserved_bytes=torch.cuda.max_memory_reserved() if on_gpu else resident_bytes,
-            tokens_per_s=plan.time.tokens_per_s if elapsed_s == 0 else _trained_tokens(trainer) / elapsed_s,
-            elapsed_s=elapsed_s,
-        ),
-    )
-    if trainer.is_world_process_zero():
-        result.save(run_dir)
-    observer.training_finished(result.status)
-    return result
+    rows = TokenRows(train_rows)
+    identity = identity_of(
+        config, plan, tokenizer,
+        train_sha256=tokens_digest(rows.table), validation_sha256=tokens_digest(TokenRows(validation_rows).table),
+    )  # fmt: skip
+    counters = Counters(Stopping(config.early_stopping_patience, config.early_stopping_min_delta))
+    if resume_from is not None:
+        check_resume(resume_from, identity)
+        counters = Counters.from_json(read_state(resume_from)["counters"])
+    with stop_on_signals() as stop:
+        run = _Run(config, plan, tokenizer, run_dir, observer)
+        first_step = _step_of(resume_from)
+        trackers = build_trackers(config, run_dir, first_step, observer)
+        trainer = run.build_trainer(
+            model=model, rows=rows, validation_rows=validation_rows, counters=counters, identity=identity, stop=stop,
+            make_step=make_step,
+        )  # fmt: skip
+        for callback in (MetricsLog(run_dir, observer), trackers, *callbacks):
+            trainer.add_callback(callback)
+        if trainer.is_world_process_zero():
+            trackers.start()
+        try:
+            return run.train(trainer, stop, resume_from, plan.hardware.kind == "cuda" if rehearse is None else rehearse)
+        finally:
+            if trainer.is_world_process_zero():
+                trackers.finish()
+
+
+class _Run:
+    """What the parts of one run share."""
+
+    def __init__(
+        self, config: RunConfig, plan: TrainPlan, tokenizer: PreTrainedTokenizerBase, run_dir: Path, observer: Observer
+    ) -> None:
+        self._config, self._plan, self._tokenizer = config, plan, tokenizer
+        self._run_dir, self._observer = run_dir, observer
+        self._started = time.monotonic()
+
+    def build_trainer(
+        self,
+        *,
+        model: PreTrainedModel,
+        rows: TokenRows,
+        validation_rows: Dataset,
+        counters: Counters,
+        identity: dict[str, Any],
+        stop: StopRequest,
+        make_step: Callable[[nn.Module], TrainStep],
+    ) -> LarasTrainer:
+        """The trainer of this run."""
+        choices = self._plan.choices
+        args = sft_config(self._config, self._plan, self._run_dir)
+        batches = TrainBatches(
+            rows,
+            micro_rows=choices.per_device_train_batch_size,
+            micro_batches=choices.gradient_accumulation_steps * self._plan.hardware.count,
+            max_length=max(choices.max_length, int(rows.lengths.max(initial=1))),
+            packing=choices.packing,
+            seed=self._config.seed,
+            pad_token_id=self._tokenizer.pad_token_id,
+        )
+        return LarasTrainer(
+            checkpoints=self._run_dir / "checkpoints",
+            observer=self._observer,
+            batches=batches,
+            make_step=make_step,
+            counters=counters,
+            identity=identity,
+            memory=MemoryMonitor(args.device, self._plan.memory.train_peak_allocated_bytes, self._observer),
+            stop=stop,
+            max_skipped_steps=self._config.max_skipped_steps,
+            on_best=lambda checkpoint: _publish(checkpoint, self._run_dir / "best"),
+            model=model,
+            args=args,
+            data_collator=_no_collator,
+            train_dataset=Dataset(rows.table),
+            eval_dataset=validation_rows,
+            processing_class=self._tokenizer,
+        )
+
+    def train(self, trainer: LarasTrainer, stop: StopRequest, resume_from: Path | None, rehearse: bool) -> RunResult:
+        """Trains to the end, or to what stops it; the record says which."""
+        self._note_start(trainer, resume_from)
+        self._write_result(trainer, "running")
+        try:
+            if rehearse:
+                self._rehearse(trainer)
+            self._observer.training_started(self._plan, _step_of(resume_from))
+            trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+            done = trainer.state.global_step >= trainer.state.max_steps or trainer.counters.stopped
+            if stop and not (done and not trainer.counters.evaluation_due):
+                raise TrainingInterrupted(
+                    f"stopped by {stop.signal_name or 'another process'} after step {trainer.state.global_step}; "
+                    "everything is saved",
+                    hint=f"`laras resume {self._run_dir}` goes on from there",
+                )
+            self._write_final(trainer)
+        except BaseException as error:
+            status: RunStatus = "interrupted" if isinstance(error, TrainingInterrupted) else "failed"
+            if isinstance(error, LarasError) and status == "failed":
+                trainer.note("failed", error.message)
+            self._write_result(trainer, status)
+            self._observer.training_finished(status)
+            raise
+        result = self._write_result(trainer, "finished")
+        self._observer.training_finished("finished")
+        return result
+
+    def _note_start(self, trainer: LarasTrainer, resume_from: Path | None) -> None:
+        known = {event["detail"] for event in trainer.counters.events}
+        for step, reason in damaged_checkpoints(self._run_dir / "checkpoints"):
+            if reason not in known:
+                trainer.counters.events.append(
+                    RunEvent(step=step, kind="damaged_checkpoint", detail=reason).model_dump()
+                )
+        if resume_from is not None:
+            step = _step_of(resume_from)
+            event = RunEvent(step=step, kind="resume", detail=f"went on from {resume_from.name}")
+            trainer.counters.events.append(event.model_dump())
+
+    def _rehearse(self, trainer: LarasTrainer) -> None:
+        self._observer.stage_started("rehearsing the largest batch")
+        rehearsal = trainer.rehearse(self._plan.memory.components.get("optimizer", 0))
+        self._observer.message(f"rehearsal: {rehearsal}")
+        event = RunEvent(step=0, kind="rehearsal", detail=str(rehearsal))
+        trainer.counters.events.append(event.model_dump())
+        trainer.rehearsal = rehearsal
+
+    def _write_final(self, trainer: LarasTrainer) -> None:
+        """`final/`: the best model, or the last one where there is no best; the model in memory is the same."""
+        counters = trainer.counters
+        best = self._run_dir / "checkpoints" / f"step-{counters.best_step}"
+        if counters.best_step is not None and checkpoint_problems(best):
+            trainer.note("best_lost", f"{best.name} is damaged or missing; the last model is kept instead")
+            counters.best_step = counters.best_loss = None
+        if counters.best_step is not None:
+            load_weights(trainer.model, best)
+        if not trainer.is_world_process_zero():
+            return
+        try:
+            if counters.best_step is not None:
+                if not (self._run_dir / "best").is_dir() or checkpoint_problems(self._run_dir / "best"):
+                    _publish(best, self._run_dir / "best")
+                _publish(best, self._run_dir / "final")
+            else:
+                write_whole(self._run_dir / "final", lambda aside: write_model(trainer.model, self._tokenizer, aside))
+        except OSError as error:
+            raise TrainingAborted(
+                f"final/ cannot be written: {error.strerror or error}",
+                hint=f"make room, then `laras resume {self._run_dir}` writes it; nothing is trained again",
+            ) from error
+
+    def _write_result(self, trainer: LarasTrainer, status: RunStatus) -> RunResult:
+        counters, state = trainer.counters, trainer.state
+        best = None
+        if counters.best_step is not None and counters.best_loss is not None:
+            best = BestCheckpoint(step=counters.best_step, eval_loss=counters.best_loss)
+        loss = counters.loss_sum / counters.loss_steps if counters.loss_steps else math.nan
+        on_gpu = trainer.args.device.type == "cuda"
+        resident_bytes = psutil.Process().memory_info().rss
+        result = RunResult(
+            parent_digest=self._plan.digest(),
+            status=status,
+            steps=state.global_step,
+            epochs=float(state.epoch or 0),
+            train_loss=loss if math.isfinite(loss) else None,
+            best=best,
+            stopped_early=counters.stopped,
+            measured=Measured(
+                peak_allocated_bytes=torch.cuda.max_memory_allocated(trainer.args.device) if on_gpu else resident_bytes,
+                peak_reserved_bytes=torch.cuda.max_memory_reserved(trainer.args.device) if on_gpu else resident_bytes,
+                tokens_per_s=trainer.speed.tokens / trainer.speed.train_s if trainer.speed.train_s else 0.0,
+                elapsed_s=time.monotonic() - self._started,
+            ),
+            events=tuple(RunEvent.model_validate(event) for event in counters.events),
+        )
+        if trainer.is_world_process_zero():
+            try:
+                result.save(self._run_dir)
+            except OSError as error:
+                if status == "finished":
+                    raise TrainingAborted(
+                        f"the result cannot be written: {error.strerror or error}",
+                        hint=f"make room, then `laras resume {self._run_dir}` writes it; nothing is trained again",
+                    ) from error
+                self._observer.warning(f"the result record is not written: {error.strerror or error}")
+        return result
 
 
 def sft_config(config: RunConfig, plan: TrainPlan, run_dir: Path) -> SFTConfig:
@@ -106,7 +269,7 @@ def sft_config(config: RunConfig, plan: TrainPlan, run_dir: Path) -> SFTConfig:
         output_dir=str(run_dir / "checkpoints"),
         per_device_train_batch_size=choices.per_device_train_batch_size,
         per_device_eval_batch_size=choices.per_device_eval_batch_size,
-        gradient_accumulation_steps=choices.gradient_accumulation_steps,
+        gradient_accumulation_steps=1,  # one batch of the trainer is a whole optimizer step
         gradient_checkpointing=choices.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         max_length=choices.max_length,
@@ -130,10 +293,6 @@ def sft_config(config: RunConfig, plan: TrainPlan, run_dir: Path) -> SFTConfig:
         save_strategy="steps",
         save_steps=choices.save_steps,
         save_total_limit=config.save_total_limit,
-        load_best_model_at_end=True,
-        metric_for_best_model="eval_loss",
-        greater_is_better=False,
-        restore_callback_states_from_checkpoint=True,
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         dataloader_pin_memory=plan.hardware.kind == "cuda",
@@ -142,18 +301,18 @@ def sft_config(config: RunConfig, plan: TrainPlan, run_dir: Path) -> SFTConfig:
     )
 
 
-def _write_model(trainer: LarasTrainer, run_dir: Path) -> None:
-    """`final/`: the weights of the best step (upstream has loaded them) and the tokenizer; whole or absent."""
-    aside, final = run_dir / ".final.partial", run_dir / "final"
-    shutil.rmtree(aside, ignore_errors=True)
-    trainer.save_model(str(aside), _internal_call=True)
-    (aside / "training_args.bin").unlink(missing_ok=True)  # a pickle that no loader of the model needs
-    seal_folder(aside)
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
+def _publish(checkpoint: Path, folder: Path) -> None:
+    """Copies the model of a checkpoint to `best/` or `final/`, whole or absent, without what only a resume needs."""
+
+    def copy(aside: Path) -> None:
+        shutil.copytree(checkpoint, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*STATE_FILES))
+
+    write_whole(folder, copy)
 
 
-def _trained_tokens(trainer: LarasTrainer) -> float:
-    """Tokens, padding excluded, of the optimizer steps done."""
-    lengths = [len(row) for row in trainer.train_dataset["input_ids"]]
-    return float(sum(lengths)) * float(trainer.state.epoch or 0)
+def _no_collator(rows: Any) -> Any:
+    raise NotImplementedError("batches are collated by laras.training.batches")
+
+
+def _step_of(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.removeprefix("step-")) if checkpoint is not None else 0

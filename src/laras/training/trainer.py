@@ -1,29 +1,49 @@
-"""TRL's SFTTrainer with Laras' loss, evaluation and checkpoints.
+"""TRL's SFTTrainer with Laras' step, evaluation and checkpoints.
 
-Three methods differ from upstream: the loss is the summed loss of the shared step over the target tokens of the whole
-optimizer step; evaluation is exact, whatever its batch size; and a checkpoint is saved whole or not at all.
+Upstream sets up model, optimizer, schedule and processes; the loop over optimizer steps is here, because what a batch
+is differs: one item of it is a whole optimizer step over all processes, cut into micro-batches on the spot. So the
+gradient depends neither on the cut nor on the number of processes, an out-of-memory step can be done again, and a
+resume needs no position in a data loader.
 
-Source: trl 1.15.0 `SFTTrainer` and transformers 5.17.0 `Trainer`, whose `_save_checkpoint` is replaced.
+Source: transformers 5.17.0 `Trainer`, whose `_run_epoch`, `_finalize_training`, and saving and loading are replaced.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
+import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PrinterCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import ExportableState, TrainerControl
+from transformers.trainer_callback import TrainerControl
+from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
+from laras.errors import TrainingAborted
 from laras.evaluation.evaluator import evaluate_split
 from laras.evaluation.metrics import score_of
-from laras.models.step import summed_loss
-from laras.progress import Observer
+from laras.models.step import TrainStep
+from laras.progress import Observer, StepReport, ValidationReport
+from laras.records import RunEvent, SplitScore
+from laras.training import oom, state
+from laras.training.batches import StepRows, TrainBatches
+from laras.training.callbacks.memory import MemoryMonitor
 from laras.training.checkpoints import remove_old_checkpoints, save_checkpoint
+from laras.training.drift import Identity
+from laras.training.processes import sum_gradients
+from laras.training.rehearsal import Rehearsal, rehearse
+from laras.training.signals import StopRequest
+from laras.training.speed import Speed
+
+
+class EvaluationStopped(Exception):
+    """A signal came during an evaluation; it is done after the resume."""
 
 
 class LarasTrainer(SFTTrainer):  # type: ignore[misc]
@@ -32,78 +52,393 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
     Args:
         checkpoints: The folder for `step-N`.
         observer: Is told what happens.
+        batches: The rows of every step.
+        make_step: Makes the training step of the model, once it is on its device.
+        counters: Their values at the beginning of a run.
+        identity: Saved with every checkpoint.
+        memory: Measures.
+        stop: Set when a signal asks to stop.
+        max_skipped_steps: Bad steps in a row that end the run.
+        on_best: Told the checkpoint of a new best model.
         sft_arguments: Those of SFTTrainer.
     """
 
-    def __init__(self, *, checkpoints: Path, observer: Observer, **sft_arguments: Any) -> None:
+    def __init__(
+        self,
+        *,
+        checkpoints: Path,
+        observer: Observer,
+        batches: TrainBatches,
+        make_step: Callable[[nn.Module], TrainStep],
+        counters: state.Counters,
+        identity: Identity,
+        memory: MemoryMonitor,
+        stop: StopRequest,
+        max_skipped_steps: int,
+        on_best: Callable[[Path], None],
+        **sft_arguments: Any,
+    ) -> None:
+        trained = {
+            parameter: parameter.data for parameter in sft_arguments["model"].parameters() if parameter.requires_grad
+        }
         super().__init__(**sft_arguments)
-        self.model_accepts_loss_kwargs = True  # the loss is normalised here: no division by accumulation steps
-        self._checkpoints = checkpoints
-        self._observer = observer
+        self.remove_callback(PrinterCallback)  # standard output is for data
+        for parameter, data in trained.items():  # upstream rounds the adapters of a quantised model to bf16
+            parameter.data = data.to(parameter.device)
+        self.counters, self.batches, self.memory = counters, batches, memory
+        self._checkpoints, self._observer, self._make_step = checkpoints, observer, make_step
+        self._identity, self._stop, self._max_skipped_steps = identity, stop, max_skipped_steps
+        self._on_best = on_best
+        self._train_step: TrainStep | None = None
+        self._saved_random_states: dict[str, Any] | None = None
+        self._piece: list[int] = []
+        self.speed = Speed()
+        self.control: TrainerControl
+        self.rehearsal: Rehearsal | None = None
 
-    def compute_loss(
+    # ---------------------------------------------------------------- the loop
+
+    def get_train_dataloader(self) -> TrainBatches:
+        """One item is one optimizer step."""
+        return self.batches
+
+    def num_examples(self, dataloader: Any) -> int:
+        """Rows of the training split."""
+        return len(self.batches.rows)
+
+    def _run_epoch(
         self,
+        *,
         model: nn.Module,
-        inputs: Mapping[str, Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Tensor:
-        """Loss of a micro-batch: its summed NLL over the target tokens of the whole optimizer step, a scalar.
+        epoch: int,
+        num_update_steps_per_epoch: int,
+        epochs_trained: int,
+        steps_trained_in_current_epoch: int,
+        **others: Any,
+    ) -> None:
+        first = steps_trained_in_current_epoch if epoch == epochs_trained else 0
+        self._begin_once()
+        for index in range(first, num_update_steps_per_epoch):
+            if self.control.should_training_stop:
+                return
+            rows = self.batches.step(epoch, index)
+            self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
+            started = time.monotonic()
+            loss, stop = self._forward_backward(rows)
+            grad_norm = self._gradient_norm(model)
+            learned = self._accept(loss, grad_norm)
+            self.control = self.callback_handler.on_pre_optimizer_step(self.args, self.state, self.control)
+            self._optimizer_step(learned)
+            learning_rate = self._get_learning_rate()
+            if not self.accelerator.optimizer_step_was_skipped:
+                self.lr_scheduler.step()
+            model.zero_grad()
+            self.state.global_step += 1
+            self.state.epoch = epoch + (index + 1) / num_update_steps_per_epoch
+            self.counters.tokens += rows.tokens
+            self.speed.step_done(time.monotonic() - started, rows.tokens)
+            self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
+            self._after_step(loss, grad_norm, learning_rate, stop)
 
-        With several processes, whose gradients are averaged, the loss is multiplied by their number, so that the
-        average is the gradient of the sum.
+    def _begin_once(self) -> None:
+        if self._train_step is not None:
+            return
+        self._train_step = self._make_step(self.model)
+        if self._saved_random_states is not None:
+            state.restore_random_states(self._saved_random_states)
+        else:  # whatever trackers and callbacks have drawn
+            set_seed(self.args.seed + self.args.process_index)
+        if self.rehearsal is not None:
+            self.log(self.rehearsal.metrics())
+        if self.counters.stopped:
+            self.control.should_training_stop = True
+        elif self.counters.evaluation_due:
+            self._validate_and_save()
+
+    def _forward_backward(self, rows: StepRows) -> tuple[float, bool]:
+        """Mean loss over the step's target tokens, and whether to stop; the gradient is in `.grad`, summed."""
+        total = self._with_recovery(lambda: self._accumulate(rows), "training on")
+        figures = torch.stack([total.double(), total.new_tensor(float(bool(self._stop))).double()])
+        if self.args.world_size > 1:
+            dist.all_reduce(figures)
+            sum_gradients(self.model)
+        loss_sum, stop = figures.tolist()
+        return loss_sum / max(1, rows.targets), stop > 0
+
+    def _accumulate(self, rows: StepRows) -> Tensor:
+        assert self._train_step is not None
+        scale = torch.full((), 1.0 / max(1, rows.targets), device=self.args.device)
+        if self.accelerator.scaler is not None:
+            scale = self.accelerator.scaler.scale(scale)
+        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        self.model.train()
+        for micro in rows.micro_batches[self.args.process_index :: self.args.world_size]:
+            for piece in self.batches.cut(micro, self.counters.split_level):
+                self._piece = piece
+                total += self._train_step(self._on_device(piece), scale)
+        return total
+
+    def _on_device(self, piece: list[int]) -> dict[str, Tensor]:
+        batch = self.batches.collate(piece, self.counters.split_level)
+        if self.args.device.type != "cuda":
+            return batch
+        return {name: value.pin_memory().to(self.args.device, non_blocking=True) for name, value in batch.items()}
+
+    def _with_recovery(self, work: Callable[[], Tensor], doing: str) -> Tensor:
+        """The result of `work`, which starts again with smaller micro-batches as often as it runs out of memory."""
+        before = oom.device_random_state(self.args.device)
+        while True:
+            try:
+                return work()
+            except oom.DeviceOutOfMemory as error:
+                text = str(error).partition("\n")[0]
+            if len(self._piece) <= 1:
+                row = self._piece[0]
+                raise oom.does_not_fit(row, int(self.batches.rows.lengths[row]), doing)
+            self.model.zero_grad()  # what this step had accumulated so far is computed again
+            oom.free_caches()
+            oom.restore_device_random_state(before, self.args.device)
+            size = self.batches.size(self.counters.split_level)
+            self.counters.split_level += 1
+            smaller = self.batches.size(self.counters.split_level)
+            self.note("out_of_memory", f"micro-batch {size} -> {smaller}, same gradient: {text}")
+
+    def _gradient_norm(self, model: nn.Module) -> float:
+        limit = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
+        return float(self.accelerator.clip_grad_norm_(model.parameters(), limit))
+
+    def _accept(self, loss: float, grad_norm: float) -> bool:
+        """Whether the step may reach the weights; counts it either way.
+
+        Raises:
+            TrainingAborted: After too many bad steps in a row.
         """
-        if return_outputs or num_items_in_batch is None:
-            raise NotImplementedError("the loss is for training; evaluation goes through `evaluate`")
-        loss: Tensor = summed_loss(model, inputs) / num_items_in_batch
-        return loss * int(self.accelerator.num_processes)
+        counters, scaler = self.counters, self.accelerator.scaler
+        step = self.state.global_step + 1
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            counters.skipped_in_a_row = 0
+            if counters.losses.is_spike(loss):
+                self.note("loss_spike", f"loss {loss:.3f}, recently {counters.losses.mean:.3f}", step)
+        elif not (math.isfinite(loss) and scaler is not None and scaler.get_scale() > 1):  # fp16 looks for its scale
+            counters.skipped_in_a_row += 1
+            self.note("skipped_step", f"loss {loss}, gradient norm {grad_norm}: the weights were left alone", step)
+        counters.window_loss += loss
+        counters.window_steps += 1
+        if math.isfinite(loss):
+            counters.loss_sum += loss
+            counters.loss_steps += 1
+        if counters.skipped_in_a_row >= self._max_skipped_steps:
+            raise TrainingAborted(
+                f"loss or gradient was not finite in {counters.skipped_in_a_row} steps in a row, up to step {step}",
+                hint="lower learning_rate, or set precision: bf16 or fp32; `laras resume` goes on from the last good "
+                "checkpoint",
+            )
+        return math.isfinite(loss) and math.isfinite(grad_norm)
 
-    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Tensor]], device: torch.device) -> Tensor:
-        """Target tokens of the optimizer step over all processes; the first token of a row is predicted by nothing."""
-        count = sum(((batch["labels"][:, 1:] != -100).sum() for batch in batch_samples), torch.tensor(0))
-        everywhere: Tensor = self.accelerator.gather(count.to(device))
-        return everywhere.sum()
+    def _optimizer_step(self, learned: bool) -> None:
+        if not learned and self.accelerator.scaler is None:
+            for parameter in self.model.parameters():
+                parameter.grad = None  # an optimizer leaves a parameter without gradient alone
+        self.optimizer.step()  # a gradient scaler skips bad steps itself, and has to see them
 
-    def evaluate(
-        self,
-        eval_dataset: Dataset | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> dict[str, float]:
+    def _after_step(self, loss: float, grad_norm: float, learning_rate: float, stop: bool) -> None:
+        total = self.state.max_steps
+        self._observer.step_finished(
+            StepReport(
+                step=self.state.global_step, total_steps=total, epoch=float(self.state.epoch), loss=loss,
+                learning_rate=learning_rate, grad_norm=grad_norm, tokens_per_s=self.speed.tokens_per_s,
+                eta_s=self.speed.eta_s(self.state.global_step, total, self.state.eval_steps),
+                memory_bytes=self.memory.current_bytes(), memory_planned_bytes=self.memory.planned_bytes,
+            )
+        )  # fmt: skip
+        if self.control.should_log:
+            self._log_window(grad_norm, learning_rate)
+        if stop:
+            self.counters.evaluation_due = bool(self.control.should_evaluate)
+            self.control.should_training_stop = True
+            self._save_checkpoint(self.model, None)
+        elif self.control.should_evaluate:
+            self._validate_and_save()
+        elif self.control.should_save:
+            self._save_checkpoint(self.model, None)
+
+    def _log_window(self, grad_norm: float, learning_rate: float) -> None:
+        counters = self.counters
+        loss = counters.window_loss / max(1, counters.window_steps)
+        counters.window_loss, counters.window_steps = 0.0, 0
+        metrics = {"loss": loss, "grad_norm": grad_norm, "learning_rate": learning_rate}
+        self.log({**metrics, "tokens_per_s": self.speed.tokens_per_s, **self.memory.metrics()})
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Hands metrics to the callbacks. Upstream also keeps them all in memory and in every checkpoint."""
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, logs)
+
+    def note(self, kind: str, detail: str, step: int | None = None) -> None:
+        """Records an event and tells the observer."""
+        event = RunEvent(step=self.state.global_step if step is None else step, kind=kind, detail=detail)
+        self.counters.events.append(event.model_dump())
+        self._observer.warning(f"step {event.step}: {kind.replace('_', ' ')}: {detail}")
+
+    def _finalize_training(self, trial: None, num_train_samples: int, start_time: float) -> TrainOutput:
+        self._begin_once()  # a resume of a run that only its last evaluation is missing from
+        counters = self.counters
+        train_loss = counters.loss_sum / counters.loss_steps if counters.loss_steps else math.nan
+        self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+        self.is_in_train = False
+        return TrainOutput(self.state.global_step, train_loss, {})
+
+    # ---------------------------------------------------------------- validation
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Exact loss, perplexity and token accuracy on the validation split."""
-        sums = evaluate_split(
-            self.model,
-            self.eval_dataset if eval_dataset is None else eval_dataset,
-            batch_size=self.args.per_device_eval_batch_size,
-            pad_token_id=self.processing_class.pad_token_id,
-            device=self.args.device,
-            observer=self._observer,
-        )
-        score = score_of(sums, seed=self.args.seed)
+        score = self._score(self.eval_dataset if eval_dataset is None else eval_dataset, self._observer)
         metrics = {
             f"{metric_key_prefix}_loss": score.loss,
             f"{metric_key_prefix}_perplexity": score.perplexity,
             f"{metric_key_prefix}_token_accuracy": score.token_accuracy,
         }
         self.log(metrics)
-        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def _save_checkpoint(self, model: nn.Module, trial: None) -> None:
-        best_step = self.state.best_global_step
-        if best_step:
-            self.state.best_model_checkpoint = str(self._checkpoints / f"step-{best_step}")
-        if self.is_world_process_zero():
-            save_checkpoint(self._checkpoints, self.state.global_step, self._write_checkpoint)
-            remove_old_checkpoints(self._checkpoints, self.args.save_total_limit, best_step or None)
-        self.accelerator.wait_for_everyone()
+    def _score(self, rows: Any, observer: Observer) -> SplitScore:
+        while True:
+            batch_rows = max(1, self.args.per_device_eval_batch_size >> self.counters.eval_split_level)
+            try:
+                sums = evaluate_split(
+                    self.model, rows, batch_size=batch_rows, pad_token_id=self.processing_class.pad_token_id,
+                    device=self.args.device, observer=_StoppableProgress(observer, self._may_stop_evaluation),
+                )  # fmt: skip
+                return score_of(sums, seed=self.args.seed)
+            except oom.DeviceOutOfMemory as error:
+                text = str(error).partition("\n")[0]
+            if batch_rows == 1:
+                lengths = [len(rows[index]["input_ids"]) for index in range(len(rows))]
+                raise oom.does_not_fit(lengths.index(max(lengths)), max(lengths), "validation of")
+            oom.free_caches()
+            self.counters.eval_split_level += 1
+            self.note("out_of_memory", f"evaluation batch {batch_rows} -> {batch_rows // 2} rows: {text}")
 
-    def _write_checkpoint(self, folder: Path) -> None:
-        self.save_model(str(folder), _internal_call=True)
-        self._save_optimizer_and_scheduler(str(folder))
-        self._save_scaler(str(folder))
-        self._save_rng_state(str(folder))
-        for part in [*self.callback_handler.callbacks, self.control]:
-            if isinstance(part, ExportableState):
-                self.state.stateful_callbacks[type(part).__name__] = part.state()
+    def _may_stop_evaluation(self) -> None:
+        if self._stop and self.args.world_size == 1 and self.is_in_train:  # several would wait for each other
+            raise EvaluationStopped
+
+    def _validate_and_save(self) -> None:
+        """Evaluates, and saves when that is due or the model is the best so far, which is always kept."""
+        counters, started = self.counters, time.monotonic()
+        try:
+            metrics = self.evaluate()
+        except EvaluationStopped:
+            counters.evaluation_due = True
+            self.control.should_training_stop = True
+            self._save_checkpoint(self.model, None)
+            return
+        counters.evaluation_due = False
+        loss = metrics["eval_loss"]
+        is_best = math.isfinite(loss) and (counters.best_loss is None or loss < counters.best_loss)
+        if is_best:
+            counters.best_loss, counters.best_step = loss, self.state.global_step
+        if counters.stopping.should_stop(loss):
+            counters.stopped = self.control.should_training_stop = True
+        self._observer.validated(
+            ValidationReport(
+                step=self.state.global_step, loss=loss, perplexity=metrics["eval_perplexity"],
+                token_accuracy=metrics["eval_token_accuracy"], is_best=is_best,
+                evaluations_without_improvement=counters.stopping.without_improvement,
+                patience=counters.stopping.patience,
+            )
+        )  # fmt: skip
+        self.speed.evaluation_done(time.monotonic() - started)
+        if is_best or counters.stopped or self.control.should_save:
+            saved = self._save_checkpoint(self.model, None)
+            if is_best and self.is_world_process_zero():
+                self._on_best(saved)
+
+    def rehearse(self, later_bytes: int) -> Rehearsal:
+        """The largest micro-batch through forward and backward, and one evaluation batch; leaves no trace."""
+        step = self._train_step or self._make_step(self.model)
+        one = torch.ones((), device=self.args.device)
+        micro = self.batches.longest()
+
+        def train() -> Tensor:
+            total = one.double() * 0
+            for piece in self.batches.cut(micro, self.counters.split_level):
+                self._piece = piece
+                total += step(self._on_device(piece), one)
+            return total
+
+        rows = self.eval_dataset
+        longest = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
+        sample = rows.select(longest[: self.args.per_device_eval_batch_size])
+        self.model.train()
+        return rehearse(
+            self.model,
+            self.args.device,
+            (lambda: self._with_recovery(train, "training on"), lambda: self._score(sample, Observer())),
+            peak_bytes=self.memory.current_bytes,
+            planned_bytes=self.memory.planned_bytes,
+            later_bytes=later_bytes,
+        )
+
+    # ---------------------------------------------------------------- saving and loading
+
+    def _save_checkpoint(self, model: nn.Module, trial: None) -> Path:
+        """Saves `step-N`, whole or not at all; every process takes part."""
+        random_states = [state.random_states()]
+        if self.args.world_size > 1:
+            random_states *= self.args.world_size
+            dist.all_gather_object(random_states, random_states[0])
+        folder = self._checkpoints / f"step-{self.state.global_step}"
+        if self.is_world_process_zero():
+            save_checkpoint(
+                self._checkpoints, self.state.global_step, lambda aside: self._write_checkpoint(aside, random_states)
+            )
+            remove_old_checkpoints(self._checkpoints, self.args.save_total_limit, self.counters.best_step)
+        self.accelerator.wait_for_everyone()
+        self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+        return folder
+
+    def _write_checkpoint(self, folder: Path, random_states: list[dict[str, Any]]) -> None:
+        state.write_model(self.model, self.processing_class, folder)
+        optimizer = state.save_optimizer(self.optimizer, folder / state.OPTIMIZER_NAME)
+        scaler = self.accelerator.scaler
+        state.write_state(
+            folder,
+            {
+                "identity": self._identity,
+                "counters": self.counters.to_json(),
+                "optimizer": optimizer,
+                "schedule": self.lr_scheduler.state_dict(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+                "random": random_states,
+            },
+        )
         self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        state.load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        saved = state.read_state(Path(checkpoint))
+        state.load_optimizer(self.optimizer, Path(checkpoint) / state.OPTIMIZER_NAME, saved["optimizer"])
+        self.lr_scheduler.load_state_dict(saved["schedule"])
+        if saved["scaler"] is not None and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(saved["scaler"])
+        rank = self.args.process_index
+        self._saved_random_states = saved["random"][rank] if rank < len(saved["random"]) else None
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Loaded with the optimizer."""
+
+
+class _StoppableProgress(Observer):
+    """Passes progress on, and asks at every batch whether to go on."""
+
+    def __init__(self, inner: Observer, check: Callable[[], None]) -> None:
+        self._inner, self._check = inner, check
+
+    def stage_progress(self, done: int, total: int | None, unit: str) -> None:
+        self._inner.stage_progress(done, total, unit)
+        self._check()

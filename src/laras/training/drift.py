@@ -1,0 +1,135 @@
+"""What a run is, and the refusal to go on with another one under its name.
+
+A checkpoint holds the identity of its run: everything that the weights, the losses and the choice of the best model
+depend on. What is not in it may change between stop and resume: trackers, logging and saving intervals and limits,
+`save_total_limit`, loader workers, evaluation batch, gradient checkpointing, number of processes, and without packing
+the micro-batch, as long as the effective batch stays.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import PreTrainedTokenizerBase
+
+from laras.config import RunConfig
+from laras.errors import ConfigError, RunStateError
+from laras.models.builtin import resolve_model
+from laras.records import TrainPlan, digest_of
+from laras.training.state import read_state
+
+Identity = dict[str, Any]  # plain values by name; None where it could not be found out
+
+_WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+_HUB_DIGEST_CHARS = 64  # the Hub's cache names a file by its SHA-256
+
+
+def identity_of(
+    config: RunConfig,
+    plan: TrainPlan,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    train_sha256: str,
+    validation_sha256: str,
+) -> Identity:
+    """The identity of a run.
+
+    Args:
+        config: Of the run.
+        plan: Of the run.
+        tokenizer: With the chat template that is saved beside the weights.
+        train_sha256: `laras.data.store.tokens_digest` of the training split.
+        validation_sha256: The same of the validation split.
+    """
+    choices = plan.choices
+    micro_batches = choices.gradient_accumulation_steps * plan.hardware.count
+    packed = {"packed_bin_tokens": choices.per_device_train_batch_size * choices.max_length} if choices.packing else {}
+    method = {
+        name: getattr(choices, name)
+        for name in ("finetuning_type", "load_in_4bit", "load_in_8bit", "precision", "optim", "learning_rate")
+    }
+    adapter = {
+        name: getattr(choices, name) for name in ("lora_r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")
+    }
+    optimization = {
+        name: getattr(config, name)
+        for name in (
+            "num_train_epochs", "max_steps", "lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm",
+            "early_stopping_patience", "early_stopping_min_delta", "seed",
+        )
+    }  # fmt: skip
+    return {
+        "train_data": train_sha256,
+        "validation_data": validation_sha256,
+        "tokenizer": _tokenizer_digest(tokenizer),
+        "chat_template": digest_of(tokenizer.chat_template) if tokenizer.chat_template else None,
+        "model_weights": weights_digest(plan.model.source, config.model_revision),
+        "effective_batch": choices.per_device_train_batch_size * micro_batches,
+        "packing": choices.packing,
+        **packed,
+        "eval_steps": choices.eval_steps,
+        **method,
+        **(adapter if choices.finetuning_type == "lora" else {}),
+        "target_modules": sorted(choices.target_modules),
+        **optimization,
+    }
+
+
+def check_resume(checkpoint: Path, current: Identity) -> None:
+    """Refuses a resume of a run that is no longer the one of the checkpoint.
+
+    Raises:
+        RunStateError: With every field that changed, its old and its new value.
+        CheckpointError: When the checkpoint's state is of another version.
+    """
+    saved: Identity = read_state(checkpoint)["identity"]
+    problems = []
+    for name in sorted(saved.keys() | current.keys()):
+        old, new = saved.get(name), current.get(name)
+        if old != new and not (name == "model_weights" and None in (old, new)):
+            problems.append(f"{name}: was {_shown(old)}, is {_shown(new)}")
+    if problems:
+        raise RunStateError(
+            f"the run has changed since {checkpoint.name}",
+            problems=problems,
+            hint="undo the change, or start a new run from this one's weights: `laras train --from RUN`",
+        )
+
+
+def weights_digest(source: str, revision: str | None = None) -> str | None:
+    """SHA-256 over the weight files of a model that is on this machine; None where there are none to be seen."""
+    try:
+        place = resolve_model(source)
+        folder = Path(place).expanduser()
+        if not folder.is_dir():
+            folder = Path(snapshot_download(place, revision=revision, local_files_only=True))
+    except (ConfigError, HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError):
+        return None
+    files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
+    return digest_of([(path.name, _file_digest(path)) for path in files]) if files else None
+
+
+def _file_digest(path: Path) -> str:
+    stored_as = path.resolve().name
+    if path.is_symlink() and len(stored_as) == _HUB_DIGEST_CHARS:
+        return stored_as
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    content = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    if isinstance(content, dict):  # what a call leaves behind says nothing about the tokenizer
+        content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
+    return digest_of([content, tokenizer.special_tokens_map])
+
+
+def _shown(value: Any) -> str:
+    text = "absent" if value is None else str(value)
+    return f"{text[:12]}…" if isinstance(value, str) and len(text) == _HUB_DIGEST_CHARS else text
