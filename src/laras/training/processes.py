@@ -35,5 +35,5 @@ def _all_reduce(tensors: list[Tensor]) -> None:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    for tensor, reduced in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+    for tensor, reduced in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(reduced.view_as(tensor))
