@@ -15,6 +15,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -51,6 +52,15 @@ class Groups(NamedTuple):
     largest: int
 
 
+class _WordHashes(dict[str, int]):
+    """64-bit hash of a word, the same on every machine; computed once."""
+
+    def __missing__(self, word: str) -> int:
+        digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+        value = self[word] = int.from_bytes(digest, "little")
+        return value
+
+
 class DuplicateFinder:
     """Collects rows batch by batch, then groups them.
 
@@ -64,8 +74,8 @@ class DuplicateFinder:
         self._first_of: dict[bytes, int] = {}  # content → index among distinct contents
         self._first_row: list[int] = []  # of each distinct content
         self._sketches: list[np.ndarray] = []
-        self._shingles: list[np.ndarray] = []  # of each distinct content: ascending, distinct
-        self._word_hashes: dict[str, int] = {}
+        self._shingles: list[np.ndarray] = []  # of each distinct content
+        self._word_hashes = _WordHashes()
 
     def add(self, examples: Sequence[Mapping[str, Any]]) -> None:
         """Takes the next normalised examples, in the order of the data."""
@@ -104,28 +114,17 @@ class DuplicateFinder:
         import numpy as np
         from rensa import RMinHash
 
-        rows = [_shingles(self._hashes(text)) for text in texts]
-        offsets = np.cumsum([0, *(len(row) for row in rows)], dtype=np.uint64)
-        matrix = RMinHash.digest_matrix_from_flat_token_hashes(np.concatenate(rows), offsets, PERMUTATIONS, _SEED)
+        if len(self._word_hashes) > _MOST_KNOWN_WORDS:
+            self._word_hashes.clear()
+        words = [_words(text) for text in texts]
+        hashes = np.fromiter(
+            map(self._word_hashes.__getitem__, chain.from_iterable(words)), np.uint64, sum(map(len, words))
+        )
+        shingles, offsets = _shingles(hashes, np.array([len(row) for row in words]))
+        matrix = RMinHash.digest_matrix_from_flat_token_hashes(shingles, offsets.astype(np.uint64), PERMUTATIONS, _SEED)
         self._sketches.append(np.array(matrix.to_rows(), dtype=np.uint32))
         # Half of the hash is enough to compare two rows, and halves the memory.
-        self._shingles += [np.unique((row >> np.uint64(32)).astype(np.uint32)) for row in rows]
-
-    def _hashes(self, text: str) -> np.ndarray:
-        import numpy as np
-
-        known = self._word_hashes
-        if len(known) > _MOST_KNOWN_WORDS:
-            known.clear()
-        words = text.lower().split() if text.isascii() else _WORD.findall(text.lower())
-        hashes = []
-        for word in words:
-            value = known.get(word)
-            if value is None:
-                digest = hashlib.blake2b(word.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-                value = known[word] = int.from_bytes(digest, "little")
-            hashes.append(value)
-        return np.array(hashes, dtype=np.uint64)
+        self._shingles += np.split((shingles >> np.uint64(32)).astype(np.uint32), offsets[1:-1])
 
     def _join_alike(self, parents: list[int]) -> None:
         import numpy as np
@@ -168,25 +167,41 @@ def band_rows(threshold: float) -> int:
 
 
 def jaccard(first: np.ndarray, second: np.ndarray) -> float:
-    """Common share of two sets, given as ascending arrays without repetition; neither is empty."""
+    """Common share of the distinct values of two arrays that are not empty."""
     import numpy as np
 
-    if min(len(first), len(second)) == 0:
-        return float(len(first) == len(second))
-    common = len(np.intersect1d(first, second, assume_unique=True))
-    return common / (len(first) + len(second) - common)
+    one, two = np.unique(first), np.unique(second)
+    common = len(np.intersect1d(one, two, assume_unique=True))
+    return common / (len(one) + len(two) - common)
 
 
-def _shingles(words: np.ndarray) -> np.ndarray:
-    """A 64-bit hash of every 5 words in a row; of the whole when there are fewer. Never empty."""
+def _words(text: str) -> list[str]:
+    """Words in lower case, at least five: a shorter text is filled up and has one shingle."""
+    lower = text.lower()
+    words = lower.split() if text.isascii() else _WORD.findall(lower)
+    return words + [""] * (WORDS_PER_SHINGLE - len(words))
+
+
+def _shingles(words: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A 64-bit hash of every 5 words in a row of one text, and where each text's begin, the end included.
+
+    Args:
+        words: Hashes of the words of all texts, one after the other.
+        lengths: Words of each text, at least 5.
+    """
     import numpy as np
 
-    count = max(len(words) - WORDS_PER_SHINGLE + 1, 1)
+    count = len(words) - WORDS_PER_SHINGLE + 1
     hashes = np.zeros(count, dtype=np.uint64)
-    for place in range(min(WORDS_PER_SHINGLE, len(words))):
-        hashes += words[place : place + count] * np.uint64(_MULTIPLIERS[place])  # modulo 2^64
+    for place, multiplier in enumerate(_MULTIPLIERS):
+        hashes += words[place : place + count] * np.uint64(multiplier)  # modulo 2^64
+    inside = np.ones(count, dtype=bool)
+    for before in range(1, WORDS_PER_SHINGLE):
+        inside[np.cumsum(lengths)[:-1] - before] = False  # those reach into the next text
+    hashes = hashes[inside]
     hashes ^= hashes >> np.uint64(32)
-    return hashes * np.uint64(0x9FB21C651E98DF25)
+    offsets = np.concatenate([[0], np.cumsum(lengths - WORDS_PER_SHINGLE + 1)])
+    return hashes * np.uint64(0x9FB21C651E98DF25), offsets
 
 
 def _content(example: Mapping[str, Any]) -> tuple[str, str]:
