@@ -28,16 +28,21 @@ def runs_command(
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, justify in (("run", "left"), ("status", "left"), ("steps", "right"), ("validation loss", "right")):
-        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
-    table.add_column("perplexity, base to tuned", justify="right")
+    for name in ("run", "status"):
+        table.add_column(name, no_wrap=True, overflow="ignore")
+    for name in ("steps", "validation loss", "base perplexity", "tuned"):
+        table.add_column(name, justify="right")
     for run in runs:
-        scored = run.tuned_perplexity is not None and run.base_perplexity is not None
         table.add_row(
             run.path,
             run.status,
-            str(run.steps) if run.steps is not None else "-",
-            f"{run.best.eval_loss:.4f}" if run.best else "-",
-            f"{run.base_perplexity:.2f} to {run.tuned_perplexity:.2f}" if scored else "not tested",
+            _shown(run.steps, "d"),
+            _shown(run.best.eval_loss if run.best else None, ".4f"),
+            _shown(run.base_perplexity, ".3f"),
+            _shown(run.tuned_perplexity, ".3f"),
         )
     Console(highlight=False).print(table)
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)

@@ -46,10 +46,12 @@ class View(Observer):
         """See `Observer`."""
         choices = plan.choices
         micro, accumulation = choices.per_device_train_batch_size, choices.gradient_accumulation_steps
-        trained = f"{choices.trainable_parameters:,} of {choices.total_parameters:,} parameters"
-        resumed = f" from step {first_step}" if first_step else ""
-        self.line(f"training{resumed}: {plan.total_steps} steps of {micro} x {accumulation} rows, {trained}, on")
-        self.line(f"  {plan.hardware.gpu_name} in {choices.precision}, about {duration(plan.time.total_s)}")
+        start = f" from step {first_step}" if first_step else ""
+        self.line(
+            f"training{start} on {plan.hardware.gpu_name} in {choices.precision}: {plan.total_steps} steps of "
+            f"{micro} x {accumulation} rows, about {duration(plan.time.total_s)}"
+        )
+        self.line(f"  {choices.trainable_parameters:,} of {choices.total_parameters:,} parameters learn")
 
     def validated(self, report: ValidationReport) -> None:
         """See `Observer`."""
