@@ -76,9 +76,7 @@ def kernels_of(hardware: HardwareSpec) -> Iterator[None]:
     original = functional.scaled_dot_product_attention
 
     def flash_runs(query: Tensor) -> bool:
-        return (
-            hardware.kind == "cuda" and capability >= (8, 0) and query.element_size() == 2 and query.shape[-1] <= 256
-        )
+        return hardware.kind == "cuda" and capability >= (8, 0) and query.element_size() == 2 and query.shape[-1] <= 256
 
     def attend(
         query: Tensor,

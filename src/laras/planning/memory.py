@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from laras.planning.architecture import family_of
+from laras.planning.fused_memory import fused_peak, fused_static_bytes
 from laras.records import HardwareSpec, LossKind, MemoryEstimate, ModelSpec, Optim, Precision
 
 Weights = Literal["bf16", "fp16", "fp32", "nf4", "int8"]
@@ -28,7 +29,8 @@ _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 _STATES_8BIT_BYTES = 2 * (1 + 4 / 256)
 # cuBLAS workspaces on Hopper and on other cards, as torch reserves them.
 _WORKSPACE_SM90_BYTES, _WORKSPACE_BYTES = 64 * _MIB, int(16.25 * _MIB)
-CONTEXT_BYTES = 770 * _MIB
+# CUDA context with the kernels of a step loaded. Measured on an H100; elsewhere taken on the careful side.
+_CONTEXT_SM90_BYTES, _CONTEXT_BYTES = 770 * _MIB, 600 * _MIB
 # With a capacity cap the allocator fits a step into this multiple of what is allocated; measured.
 _ALLOCATOR_SLACK = 1.03
 
@@ -51,6 +53,10 @@ class MemoryCase:
         lora_r: Rank of the adapters.
         target_modules: Names of the linear layers that get adapters; empty means all.
         keeps_gradients: Gradients of earlier micro-batches are held (accumulation above one).
+        fused: Fused layers (`laras.models.fused`) instead of transformers' own.
+        checkpoint_kind: How much of a fused layer is computed again, where `checkpointing` is on.
+        mlp_chunk_tokens: Tokens whose gate and up exist at once in a checkpointed fused layer.
+        loss_chunk_tokens: Tokens whose logits exist at once; 0 takes about as many bytes as the hidden states.
     """
 
     micro_batch: int
@@ -66,6 +72,10 @@ class MemoryCase:
     lora_r: int = 16
     target_modules: tuple[str, ...] = ()
     keeps_gradients: bool = False
+    fused: bool = False
+    checkpoint_kind: Literal["none", "selective", "full"] = "none"
+    mlp_chunk_tokens: int = 4096
+    loss_chunk_tokens: int = 0
 
 
 def linear_layers(spec: ModelSpec) -> tuple[tuple[str, int, int], ...]:
@@ -116,9 +126,7 @@ def estimate_memory(spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, b
     The components add up to the allocated peak of training. `reserved` is what the allocator needs to hold it.
     """
     static = static_bytes(spec, case)
-    workspace = 0
-    if hardware.kind == "cuda":
-        workspace = _WORKSPACE_SM90_BYTES if hardware.compute_capability == (9, 0) else _WORKSPACE_BYTES
+    workspace = workspace_bytes(hardware)
     held = static["gradients"] if case.full or case.keeps_gradients else 0
     kept, moment_bytes, moment = _training_peak(spec, case)
     gradients = max(held, static["gradients"] - kept - moment_bytes)
@@ -142,6 +150,20 @@ def estimate_memory(spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, b
     )
 
 
+def context_bytes(hardware: HardwareSpec) -> int:
+    """What the process holds on the device outside the allocator."""
+    if hardware.kind == "cpu":
+        return 0
+    return _CONTEXT_SM90_BYTES if (hardware.compute_capability or (0, 0)) >= (9, 0) else _CONTEXT_BYTES
+
+
+def workspace_bytes(hardware: HardwareSpec) -> int:
+    """What cuBLAS keeps inside the allocator, for the forward and the backward thread."""
+    if hardware.kind == "cpu":
+        return 0
+    return _WORKSPACE_SM90_BYTES if hardware.compute_capability == (9, 0) else _WORKSPACE_BYTES
+
+
 def static_bytes(spec: ModelSpec, case: MemoryCase) -> dict[str, int]:
     """Bytes that live through a step: weights, adapters, optimizer states, and the gradients when all are there."""
     element = _ELEMENT_BYTES[case.precision]
@@ -158,6 +180,10 @@ def static_bytes(spec: ModelSpec, case: MemoryCase) -> dict[str, int]:
         size = element if case.adapters == "compute" else 4
         adapters = int(trained * size)
     states = _STATES_8BIT_BYTES if case.optim.endswith("8bit") else 2 * size
+    if case.optim.startswith("paged"):
+        states = 2 * 4 / 256  # the scales alone stay on the device
+    if case.fused:
+        adapters += fused_static_bytes(spec, case, element)
     return {
         "weights": weights,
         "adapters": adapters,
@@ -188,6 +214,8 @@ def layer_activation_bytes(spec: ModelSpec, case: MemoryCase) -> int:
 
 def _training_peak(spec: ModelSpec, case: MemoryCase) -> tuple[int, int, str]:
     """Activations kept, and what comes on top at the peak, with the name of its component."""
+    if case.fused:
+        return fused_peak(spec, case, adapted_layers(spec, case.target_modules), _ELEMENT_BYTES[case.precision])
     tokens = case.micro_batch * case.length_tokens
     element, hidden = _ELEMENT_BYTES[case.precision], spec.hidden_size
     width = spec.intermediate_size * max(1, spec.experts_per_token)
@@ -200,7 +228,7 @@ def _training_peak(spec: ModelSpec, case: MemoryCase) -> tuple[int, int, str]:
     if case.loss_kind == "full":
         logits = 4 * hidden * tokens + 12 * tokens * spec.vocab_size
     else:
-        chunk = _chunk_tokens(tokens, spec)
+        chunk = min(tokens, case.loss_chunk_tokens) or _chunk_tokens(tokens, spec)
         logits = (4 + 2 * element) * hidden * tokens + element * chunk * (spec.vocab_size + hidden)
     gradients = (8 if case.adapters == "fp32" and element == 2 else 2 * element) * width * tokens + residual
     backward = gradients + _dequantised_bytes(spec, case)
@@ -214,7 +242,8 @@ def _evaluation_bytes(spec: ModelSpec, case: MemoryCase) -> int:
     tokens = case.eval_batch * case.length_tokens
     element = _ELEMENT_BYTES[case.precision]
     copies = (0 if element == 4 else 4) + element + 4
-    head = (copies * spec.vocab_size + 2 * element * spec.hidden_size) * tokens
+    logits = min(tokens, case.loss_chunk_tokens) or tokens  # evaluation of a plain head goes in chunks too
+    head = copies * spec.vocab_size * logits + 2 * element * spec.hidden_size * tokens
     return max(head, layer_activation_bytes(spec, case) * tokens + _dequantised_bytes(spec, case))
 
 

@@ -1,29 +1,34 @@
-"""The fastest settings that fit the device, and why; the optimisation itself stays as the user set it."""
+"""The fastest settings that fit the device, and why; the optimisation itself stays as the user set it.
+
+The closed form ranks every combination at once. The step is then simulated for the best, and for the next where it does
+not fit; whether it fits is decided by a replay of the allocator at the device's capacity.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import replace
 from math import ceil
-from typing import Any
 
 from laras.config import RunConfig
-from laras.planning.memory import (
-    CONTEXT_BYTES,
-    MemoryCase,
-    Weights,
-    adapted_layers,
-    estimate_memory,
-    lora_parameters,
+from laras.errors import LarasError
+from laras.planning.candidates import (
+    LOSS_CHUNK_TOKENS,
+    Candidate,
+    candidates,
+    device_budget_bytes,
+    fused_possible,
+    packing_refusal,
 )
-from laras.planning.throughput import estimate_step_s
+from laras.planning.memory import lora_parameters
+from laras.planning.precision import choose_precision
+from laras.planning.remedies import find_remedies
+from laras.planning.simulated import Simulate, simulated_memory
+from laras.planning.workload import Workload, workload
 from laras.records import (
     Alternative,
     DatasetProfile,
     HardwareSpec,
-    MemoryEstimate,
     ModelSpec,
-    Optim,
     PlanChoices,
     Precision,
     SplitManifest,
@@ -32,22 +37,12 @@ from laras.records import (
     digest_of,
 )
 
-# Largest size below which a rank holds, in parameters.
-_RANKS = ((0.75e9, 8), (4e9, 16), (float("inf"), 32))
 _RSLORA_FROM = 3e9
+# The closed form is trusted to this share: candidates above it are not simulated, and without a simulation a plan
+# must leave this much.
+_CLOSED_FORM_MARGIN = 0.10
+_MOST_SIMULATIONS = 6
 _GIB = 2**30
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    case: MemoryCase
-    memory: MemoryEstimate
-    tokens_per_s: float
-
-    @property
-    def fits(self) -> bool:
-        evaluation = self.memory.eval_peak_allocated_bytes
-        return max(self.memory.train_peak_reserved_bytes, evaluation) <= self.memory.device_budget_bytes
 
 
 def plan_training(
@@ -56,6 +51,7 @@ def plan_training(
     manifest: SplitManifest | None,
     spec: ModelSpec,
     hardware: HardwareSpec,
+    simulate: Simulate | None = None,
 ) -> TrainPlan:
     """Resolves every `auto` of the configuration for this model, data and device.
 
@@ -65,25 +61,32 @@ def plan_training(
         manifest: How the rows were divided; None assumes one optimizer step an epoch.
         spec: The architecture.
         hardware: The device.
+        simulate: `laras.models.simulation.trace_step`; None plans by the closed form alone.
 
     Returns:
         The plan; `fits` is False, with `remedies`, when nothing that the configuration allows fits.
+
+    Raises:
+        ConfigError: The requested precision does not train on this device.
     """
-    reasons: dict[str, str] = {}
-    precision = _precision(config, hardware, reasons)
-    length = _length(config, profile, spec, reasons)
-    candidates = _candidates(config, spec, hardware, precision, length)
-    fitting = [candidate for candidate in candidates if candidate.fits]
-    if fitting:
-        best = max(fitting, key=lambda c: (c.tokens_per_s, -c.memory.train_peak_allocated_bytes))
-    else:
-        best = min(candidates, key=lambda c: c.memory.train_peak_reserved_bytes)
-    rows = manifest.train.rows if manifest else config.effective_batch_size
-    epochs_steps = ceil(ceil(rows / config.effective_batch_size) * config.num_train_epochs)
-    steps = config.max_steps or max(1, epochs_steps)
-    choices = _choices(config, spec, best, steps, reasons)
-    tokens = steps * config.effective_batch_size * length
-    others = sorted((c for c in candidates if c is not best), key=lambda c: (not c.fits, -c.tokens_per_s))
+    precision, why = choose_precision(config.precision, hardware.kind, hardware.compute_capability)
+    work = workload(config, profile, manifest, spec)
+    found = candidates(config, spec, hardware, precision, work)
+    warnings: list[str] = []
+    best = _choose(config, spec, hardware, work, found, simulate, warnings)
+    steps = _steps(config, work, best)
+    choices = _choices(config, spec, best, steps)
+    reasons = {"precision": f"{precision}: {why}", **_reasons(config, spec, hardware, precision, work, found, best)}
+    others = [one for one in found if one.case != best.case or one.packing != best.packing]
+    others.sort(key=lambda one: (not one.fits, *one.preference()))
+    remedies: tuple[str, ...] = ()
+    if not best.fits:
+        remedies = find_remedies(config, profile, manifest, spec, hardware)
+        warnings.append(
+            f"needs {_gib(best.memory.train_peak_reserved_bytes)}, and {_gib(best.memory.device_budget_bytes)} may be "
+            f"used on {hardware.gpu_name}"
+        )
+    tokens = steps * work.step_tokens
     return TrainPlan(
         parent_digest=manifest.digest() if manifest else None,
         config_digest=digest_of(config.model_dump(mode="json")),
@@ -95,96 +98,105 @@ def plan_training(
         time=TimeEstimate(tokens_per_s=best.tokens_per_s, steps=steps, total_s=tokens / best.tokens_per_s),
         total_steps=steps,
         fits=best.fits,
-        alternatives=tuple(_alternative(candidate) for candidate in others[:5]),
-        remedies=() if best.fits else _remedies(config, best, length),
-        warnings=() if best.fits else (f"needs {_gib(best.memory.train_peak_reserved_bytes)} of memory",),
+        alternatives=tuple(_alternative(one) for one in others[:5]),
+        remedies=remedies,
+        warnings=tuple(warnings),
     )
 
 
-def _precision(config: RunConfig, hardware: HardwareSpec, reasons: dict[str, str]) -> Precision:
-    if config.precision != "auto":
-        reasons["precision"] = "as configured"
-        return config.precision
+def _choose(
+    config: RunConfig,
+    spec: ModelSpec,
+    hardware: HardwareSpec,
+    work: Workload,
+    found: list[Candidate],
+    simulate: Simulate | None,
+    warnings: list[str],
+) -> Candidate:
+    """The best candidate that fits, or the smallest one."""
+    smallest = min(found, key=lambda one: one.memory.train_peak_reserved_bytes)
     if hardware.kind == "cpu":
-        reasons["precision"] = "fp32: a CPU gains nothing from half precision"
-        return "fp32"
-    if hardware.native_bf16:
-        reasons["precision"] = f"bf16: {hardware.gpu_name} computes it natively"
-        return "bf16"
-    reasons["precision"] = f"fp16 with a gradient scaler: {hardware.gpu_name} only emulates bf16"
-    return "fp16"
+        simulate = None  # main memory has no segments to replay, and is overcommitted anyway
+    limit = device_budget_bytes(config, hardware)
+    tried = 0
+    last: Candidate | None = None
+    for one in found if simulate is not None else ():
+        if one.memory.train_peak_allocated_bytes > limit * (1 + _CLOSED_FORM_MARGIN) and one is not smallest:
+            continue
+        try:
+            assert simulate is not None
+            exact = _simulated(config, spec, hardware, work, one, limit, simulate)
+        except LarasError as error:
+            warnings.append(f"{error.message}; memory is from the closed form, with a margin of 10%")
+            return _by_closed_form(found, smallest, 1 - _CLOSED_FORM_MARGIN)
+        if exact.fits:
+            return exact
+        tried, last = tried + 1, exact
+        limit_reached = tried >= _MOST_SIMULATIONS
+        if limit_reached:
+            break
+    if simulate is not None:
+        if last is not None and last.case == smallest.case:
+            return last
+        exact = _simulated(config, spec, hardware, work, smallest, limit, simulate)
+        return exact
+    return _by_closed_form(found, smallest, 1.0)
 
 
-def _length(config: RunConfig, profile: DatasetProfile | None, spec: ModelSpec, reasons: dict[str, str]) -> int:
-    cap = min(config.max_length, spec.max_position_embeddings)
-    longest = profile.tokens.max if profile and profile.tokens.max else cap
-    length = min(cap, -(-longest // 8) * 8)
-    reasons["max_length"] = f"{length}: the longest example, in eights, at most {cap}"
-    return length
+def _by_closed_form(found: list[Candidate], smallest: Candidate, share: float) -> Candidate:
+    for one in found:
+        needed = max(one.memory.train_peak_reserved_bytes, one.memory.eval_peak_allocated_bytes)
+        if needed <= share * one.memory.device_budget_bytes:
+            return one
+    return smallest if smallest.fits and share == 1.0 else replace(smallest, fits=False)
 
 
-def _candidates(
-    config: RunConfig, spec: ModelSpec, hardware: HardwareSpec, precision: Precision, length: int
-) -> list[_Candidate]:
-    """Every combination that the configuration leaves open."""
-    cuda, full = hardware.kind == "cuda", config.finetuning_type == "full"
-    effective = config.effective_batch_size
-    batches = _given(config.per_device_train_batch_size, [n for n in range(1, effective + 1) if effective % n == 0])
-    if config.gradient_accumulation_steps != "auto" and config.per_device_train_batch_size == "auto":
-        batches = [max(1, effective // config.gradient_accumulation_steps)]
-    four_bit = _given(config.load_in_4bit, [False, True] if cuda and not full and not config.load_in_8bit else [False])
-    optim: Optim = config.optim if config.optim != "auto" else ("adamw_torch_fused" if cuda else "adamw_torch")
-    free = hardware.total_bytes - hardware.other_processes_bytes
-    budget = max(0, int(free * config.memory_budget_fraction) - (CONTEXT_BYTES if cuda else 0))
-    found = []
-    for micro, checkpointing, quantised in product(
-        batches, _given(config.gradient_checkpointing, [False, True]), four_bit
-    ):
-        weights: Weights = "nf4" if quantised else "int8" if config.load_in_8bit else precision
-        case = MemoryCase(
-            micro_batch=micro,
-            length_tokens=length,
-            eval_batch=_given(config.per_device_eval_batch_size, [micro])[0],
-            checkpointing=checkpointing,
-            full=full,
-            weights=weights,
-            precision=precision,
-            optim=optim,
-            loss_kind="full" if config.loss_kind == "auto" else config.loss_kind,
-            lora_r=_rank(config, spec),
-            target_modules=_targets(config, spec),
-            keeps_gradients=micro < effective,
-        )
-        memory = estimate_memory(spec, case, hardware, budget)
-        found.append(_Candidate(case, memory, micro * length / estimate_step_s(spec, case, hardware)))
-    return found
+def _simulated(
+    config: RunConfig,
+    spec: ModelSpec,
+    hardware: HardwareSpec,
+    work: Workload,
+    one: Candidate,
+    budget: int,
+    simulate: Simulate,
+) -> Candidate:
+    documents = work.documents(one.case.micro_batch * one.case.length_tokens) if one.packing else None
+    memory, fits = simulated_memory(simulate, config, _choices(config, spec, one, 1), spec, hardware, budget, documents)
+    return replace(one, memory=memory, fits=fits)
 
 
-def _choices(config: RunConfig, spec: ModelSpec, best: _Candidate, steps: int, reasons: dict[str, str]) -> PlanChoices:
-    case = best.case
-    rank = case.lora_r
-    size = f"{spec.total_parameters / 1e9:.2f}B parameters"
+def _steps(config: RunConfig, work: Workload, best: Candidate) -> int:
+    if config.max_steps:
+        return config.max_steps
+    if not work.rows:
+        return max(1, ceil(config.num_train_epochs))
+    if best.packing:
+        bins = ceil(work.rows * work.mean_tokens / (0.98 * best.case.micro_batch * work.length_tokens))
+        return max(1, ceil(ceil(bins / best.accumulation) * config.num_train_epochs))
+    return max(1, ceil(ceil(work.rows / config.effective_batch_size) * config.num_train_epochs))
+
+
+def _choices(config: RunConfig, spec: ModelSpec, best: Candidate, steps: int) -> PlanChoices:
+    case, full = best.case, best.case.full
     rslora = spec.total_parameters > _RSLORA_FROM if config.use_rslora == "auto" else config.use_rslora
-    trained = spec.total_parameters if case.full else lora_parameters(spec, rank, case.target_modules)
-    evaluate = _given(config.eval_steps, [max(1, min(100, steps // 10))])[0]
-    verdict = "the fastest that fits" if best.fits else "the smallest that the configuration allows"
-    for name, given in (
-        ("per_device_train_batch_size", config.per_device_train_batch_size),
-        ("gradient_checkpointing", config.gradient_checkpointing),
-        ("load_in_4bit", config.load_in_4bit),
-    ):
-        reasons[name] = verdict if given == "auto" else "as configured"
-    reasons["lora_r"] = f"for {size}" if config.lora_r == "auto" else "as configured"
-    reasons["use_rslora"] = f"from 3B on; {size}" if config.use_rslora == "auto" else "as configured"
-    reasons["packing"] = "off: the padded path runs everywhere" if config.packing == "auto" else "as configured"
+    trained = spec.total_parameters if full else lora_parameters(spec, case.lora_r, case.target_modules)
+    if config.use_dora and not full:
+        trained += _dora_parameters(spec, case.target_modules)
+    rate = (2e-5 if full else 2e-4) if config.learning_rate == "auto" else config.learning_rate
+    evaluate = max(1, min(100, steps // 10)) if config.eval_steps == "auto" else config.eval_steps
+    attention = config.attn_implementation
+    if attention == "auto":
+        attention = "varlen" if best.packing else "sdpa"
     return PlanChoices(
         per_device_train_batch_size=case.micro_batch,
         per_device_eval_batch_size=case.eval_batch,
-        gradient_accumulation_steps=config.effective_batch_size // case.micro_batch
-        if config.gradient_accumulation_steps == "auto"
-        else config.gradient_accumulation_steps,
+        gradient_accumulation_steps=best.accumulation,
         gradient_checkpointing=case.checkpointing,
-        packing=config.packing is True,
+        checkpoint_kind=case.checkpoint_kind,
+        fused_layers=case.fused,
+        mlp_chunk_tokens=case.mlp_chunk_tokens,
+        loss_chunk_tokens=LOSS_CHUNK_TOKENS,
+        packing=best.packing,
         max_length=case.length_tokens,
         finetuning_type=config.finetuning_type,
         load_in_4bit=case.weights == "nf4",
@@ -192,66 +204,109 @@ def _choices(config: RunConfig, spec: ModelSpec, best: _Candidate, steps: int, r
         precision=case.precision,
         optim=case.optim,
         backend="transformers" if config.backend == "auto" else config.backend,
-        attention="sdpa" if config.attn_implementation == "auto" else config.attn_implementation,
+        attention=attention,
         loss_kind=case.loss_kind,
-        lora_r=rank,
-        lora_alpha=2.0 * rank if config.lora_alpha == "auto" else config.lora_alpha,
+        lora_r=case.lora_r,
+        lora_alpha=2.0 * case.lora_r if config.lora_alpha == "auto" else config.lora_alpha,
         lora_dropout=config.lora_dropout,
         use_rslora=rslora,
         use_dora=config.use_dora,
         target_modules=case.target_modules,
         trainable_parameters=trained,
-        total_parameters=spec.total_parameters + (0 if case.full else trained),
-        learning_rate=_given(config.learning_rate, [2e-5 if case.full else 2e-4])[0],
+        total_parameters=spec.total_parameters + (0 if full else trained),
+        learning_rate=rate,
         eval_steps=evaluate,
-        save_steps=_given(config.save_steps, [evaluate])[0],
+        save_steps=evaluate if config.save_steps == "auto" else config.save_steps,
         logging_steps=config.logging_steps,
     )
 
 
-def _given(value: Any, otherwise: list[Any]) -> list[Any]:
-    """The value alone when the user gave one, else what is open."""
-    return otherwise if value == "auto" else [value]
+def _dora_parameters(spec: ModelSpec, targets: tuple[str, ...]) -> int:
+    """One magnitude for every output."""
+    from laras.planning.memory import adapted_layers
+
+    return spec.layers * sum(outputs for _, _, outputs in adapted_layers(spec, targets))
 
 
-def _rank(config: RunConfig, spec: ModelSpec) -> int:
-    if config.lora_r != "auto":
-        return config.lora_r
-    return next(rank for limit, rank in _RANKS if spec.total_parameters < limit)
+def _reasons(
+    config: RunConfig,
+    spec: ModelSpec,
+    hardware: HardwareSpec,
+    precision: Precision,
+    work: Workload,
+    found: list[Candidate],
+    best: Candidate,
+) -> dict[str, str]:
+    case, given = best.case, "as configured"
+    cap = min(config.max_length, spec.max_position_embeddings)
+    verdict = "the fastest that fits" if best.fits else "the smallest that the configuration allows"
+    size = f"{spec.total_parameters / 1e9:.2f}B parameters"
+    padding = 1 - work.mean_tokens / max(1, work.expected_longest(case.micro_batch))
+    refusal = packing_refusal(config, spec, hardware, precision, work)
+    packing = f"off: {refusal}" if refusal else f"on: padding would be {padding:.0%} of the tokens"
+    uncheckpointed = [one for one in found if not one.case.checkpointing and one.quantised == best.quantised]
+    checkpointing = "off: everything fits, and recomputing costs time"
+    if case.checkpointing:
+        least = min((one.memory.train_peak_reserved_bytes for one in uncheckpointed), default=0)
+        fits_without = any(one.fits for one in uncheckpointed)
+        checkpointing = f"on ({case.checkpoint_kind}): without it at least {_gib(least)} are needed"
+        if fits_without:
+            checkpointing = f"on ({case.checkpoint_kind}): larger micro-batches gain more than recomputing costs"
+    wide = [one for one in found if not one.quantised]
+    four_bit = f"16-bit weights fit {hardware.gpu_name}" if precision != "fp32" else "unquantised weights fit"
+    if case.weights == "nf4" and wide:
+        least = min(one.memory.train_peak_reserved_bytes for one in wide)
+        four_bit = f"unquantised weights need at least {_gib(least)}"
+    fused = fused_possible(config, spec, hardware, precision)
+    reasons = {
+        "max_length": f"the longest example in multiples of 128, at most {cap}"
+        if work.stats
+        else f"no data: every example is taken to have {work.length_tokens} tokens",
+        "per_device_train_batch_size": verdict if config.per_device_train_batch_size == "auto" else given,
+        "gradient_accumulation_steps": f"keeps {config.effective_batch_size} examples an optimizer step"
+        + (" on average" if best.packing else ""),
+        "gradient_checkpointing": checkpointing if config.gradient_checkpointing == "auto" else given,
+        "packing": packing if config.packing == "auto" else given,
+        "load_in_4bit": four_bit if config.load_in_4bit == "auto" else given,
+        "optim": _optim_reason(config, hardware, best),
+        "loss_kind": f"{case.loss_kind}: "
+        + ("logits exist for a part of the tokens at a time" if case.loss_kind == "chunked" else "this head or method")
+        if config.loss_kind == "auto"
+        else given,
+        "attention": ("documents of a bin are kept apart" if best.packing else "padded rows")
+        if config.attn_implementation == "auto"
+        else given,
+        "backend": f"{'fused' if fused else 'transformers'} layers" if config.backend == "auto" else given,
+        "lora_r": f"for {size}" if config.lora_r == "auto" else given,
+        "lora_alpha": "twice the rank" if config.lora_alpha == "auto" else given,
+        "use_rslora": f"from 3B on; {size}" if config.use_rslora == "auto" else given,
+        "target_modules": "every linear layer but the head" if config.lora_target_modules == "auto" else given,
+        "learning_rate": ("full fine-tuning" if case.full else "LoRA") if config.learning_rate == "auto" else given,
+        "eval_steps": "ten evaluations in the run, at most 100 steps apart" if config.eval_steps == "auto" else given,
+    }
+    return reasons
 
 
-def _targets(config: RunConfig, spec: ModelSpec) -> tuple[str, ...]:
-    if isinstance(config.lora_target_modules, tuple):
-        return config.lora_target_modules
-    return tuple(dict.fromkeys(name for name, _, _ in adapted_layers(spec, ())))
+def _optim_reason(config: RunConfig, hardware: HardwareSpec, best: Candidate) -> str:
+    if config.optim != "auto":
+        return "as configured"
+    if best.case.optim == "paged_adamw_8bit":
+        return "exact optimizer states do not fit; 8-bit ones are paged to main memory"
+    return "exact states fit; one kernel updates them" if hardware.kind == "cuda" else "the CPU's"
 
 
-def _alternative(candidate: _Candidate) -> Alternative:
+def _alternative(candidate: Candidate) -> Alternative:
     case = candidate.case
     return Alternative(
         per_device_train_batch_size=case.micro_batch,
         gradient_checkpointing=case.checkpointing,
-        packing=False,
+        packing=candidate.packing,
         load_in_4bit=case.weights == "nf4",
         loss_kind=case.loss_kind,
         train_peak_allocated_bytes=candidate.memory.train_peak_allocated_bytes,
         tokens_per_s=candidate.tokens_per_s,
         fits=candidate.fits,
     )
-
-
-def _remedies(config: RunConfig, best: _Candidate, length: int) -> tuple[str, ...]:
-    needed, budget = best.memory.train_peak_reserved_bytes, best.memory.device_budget_bytes
-    remedies = [f"a device with {_gib(needed - budget)} more memory"]
-    if length > 256:
-        remedies.append(f"max_length: {length // 2}")
-    if config.load_in_4bit is False and config.finetuning_type == "lora":
-        remedies.append("load_in_4bit: auto")
-    if config.gradient_checkpointing is False:
-        remedies.append("gradient_checkpointing: auto")
-    if config.finetuning_type == "full":
-        remedies.append("finetuning_type: lora")
-    return tuple(remedies)
 
 
 def _gib(size_bytes: int) -> str:

@@ -1,0 +1,281 @@
+"""Every combination of settings that the configuration leaves open, with its memory and speed in closed form."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal
+
+from laras.config import RunConfig
+from laras.planning.fused_memory import FUSED_TYPES
+from laras.planning.memory import (
+    MemoryCase,
+    Weights,
+    adapted_layers,
+    context_bytes,
+    estimate_memory,
+)
+from laras.planning.throughput import estimate_step_s
+from laras.planning.workload import Workload
+from laras.records import HardwareSpec, LossKind, MemoryEstimate, ModelSpec, Optim, Precision
+
+CheckpointKind = Literal["none", "selective", "full"]
+# Architectures whose logits are one plain product, so that the loss can be computed in parts; those of
+# `laras.models.heads`, which a test compares.
+PLAIN_HEAD_TYPES = frozenset(
+    {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "phi3", "gemma", "smollm3", "olmo2"}
+)
+LOSS_CHUNK_TOKENS = 1024
+_VARLEN_CAPABILITY, _VARLEN_CHANNELS = (8, 0), 256
+_BIN_FILL = 0.98  # share of a packed bin's slots that hold tokens
+# Largest share by which packing may change the tokens of an optimizer step.
+_EFFECTIVE_SLACK = 0.15
+_EVAL_BATCHES = (16, 8, 4, 2, 1)
+_RANKS = ((0.75e9, 8), (4e9, 16), (float("inf"), 32))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run.
+
+    Attributes:
+        case: What decides its memory.
+        accumulation: Micro-batches of an optimizer step.
+        packing: Micro-batches are packed bins.
+        memory: Predicted in closed form, until simulated.
+        tokens_per_s: Useful tokens, padding left out.
+        fits: By its memory estimate.
+    """
+
+    case: MemoryCase
+    accumulation: int
+    packing: bool
+    memory: MemoryEstimate
+    tokens_per_s: float
+    fits: bool
+
+    @property
+    def quantised(self) -> bool:
+        """Weights are stored in fewer bits than they compute in."""
+        return self.case.weights in ("nf4", "int8")
+
+    def preference(self) -> tuple[bool, bool, float, int]:
+        """Sorts the best first: full precision, then exact optimizer states, then speed, then memory."""
+        peak = self.memory.train_peak_allocated_bytes
+        return self.quantised, self.case.optim.endswith("8bit"), -self.tokens_per_s, peak
+
+
+def candidates(
+    config: RunConfig, spec: ModelSpec, hardware: HardwareSpec, precision: Precision, work: Workload
+) -> list[Candidate]:
+    """Every combination; the best first."""
+    budget = device_budget_bytes(config, hardware)
+    found = []
+    for packing in packing_options(config, spec, hardware, precision, work):
+        for micro, accumulation in _batches(config, work, packing):
+            for weights, optim, kind in product(
+                _weights(config, hardware, precision), _optims(config, hardware), _checkpoint_kinds(config, spec)
+            ):
+                case = _case(config, spec, hardware, precision, work, micro, accumulation, weights, optim, kind)
+                if kind == "selective" and not case.fused:
+                    continue
+                found.append(_evaluated(config, spec, hardware, work, case, accumulation, packing, budget))
+    return sorted(found, key=Candidate.preference)
+
+
+def device_budget_bytes(config: RunConfig, hardware: HardwareSpec) -> int:
+    """What a run may reserve: the wanted share of the free memory, without the CUDA context."""
+    free = hardware.total_bytes - hardware.other_processes_bytes
+    return max(0, int(free * config.memory_budget_fraction) - context_bytes(hardware))
+
+
+def packing_options(
+    config: RunConfig, spec: ModelSpec, hardware: HardwareSpec, precision: Precision, work: Workload
+) -> list[bool]:
+    """Whether documents are packed; one value unless nothing was said and both are possible."""
+    if config.packing != "auto":
+        return [config.packing]
+    return [packing_refusal(config, spec, hardware, precision, work) is None]
+
+
+def packing_refusal(
+    config: RunConfig, spec: ModelSpec, hardware: HardwareSpec, precision: Precision, work: Workload
+) -> str | None:
+    """Why packing is not chosen by itself, in one line; None when it is."""
+    if hardware.kind == "cpu":
+        return "attention over packed documents is slow on a CPU"
+    if (hardware.compute_capability or (0, 0)) < _VARLEN_CAPABILITY or precision == "fp32":
+        return "its attention kernel needs half precision and compute capability 8.0"
+    if spec.head_dim > _VARLEN_CHANNELS:
+        return f"its attention kernel takes heads of at most {_VARLEN_CHANNELS} channels, not {spec.head_dim}"
+    if config.attn_implementation not in ("auto", "varlen", "sdpa"):
+        return f"attn_implementation {config.attn_implementation} is not known to keep documents apart"
+    if not any(True for _ in _packed_batches(config, work)):
+        return (
+            f"one bin holds {work.length_tokens} tokens, more than the {work.step_tokens:.0f} of "
+            f"{config.effective_batch_size} average examples"
+        )
+    return None
+
+
+def fused_possible(config: RunConfig, spec: ModelSpec, hardware: HardwareSpec, precision: Precision) -> bool:
+    """Whether the fused layers run; what `laras.models.fused.model.fused_refusal` finds on the built model."""
+    if config.finetuning_type != "lora" or spec.model_type not in FUSED_TYPES or config.loss_kind == "full":
+        return False
+    if config.lora_dropout or config.use_dora or config.load_in_8bit:
+        return False
+    if len(adapted_layers(spec, targets_of(config, spec))) < len(adapted_layers(spec, ())):
+        return False
+    capability = hardware.compute_capability or (0, 0)
+    return hardware.kind == "cpu" or (capability >= _VARLEN_CAPABILITY and precision == "bf16")
+
+
+def rank_of(config: RunConfig, spec: ModelSpec) -> int:
+    """Rank of the adapters: given, or by the size of the model."""
+    if config.lora_r != "auto":
+        return config.lora_r
+    return next(rank for limit, rank in _RANKS if spec.total_parameters < limit)
+
+
+def targets_of(config: RunConfig, spec: ModelSpec) -> tuple[str, ...]:
+    """Names of the linear layers that get adapters."""
+    if isinstance(config.lora_target_modules, tuple):
+        return config.lora_target_modules
+    return tuple(dict.fromkeys(name for name, _, _ in adapted_layers(spec, ())))
+
+
+def _case(
+    config: RunConfig,
+    spec: ModelSpec,
+    hardware: HardwareSpec,
+    precision: Precision,
+    work: Workload,
+    micro: int,
+    accumulation: int,
+    weights: Weights,
+    optim: Optim,
+    kind: CheckpointKind,
+) -> MemoryCase:
+    full = config.finetuning_type == "full"
+    plain_head = spec.model_type in PLAIN_HEAD_TYPES
+    loss: LossKind = "chunked" if plain_head and not full else "full"
+    return MemoryCase(
+        micro_batch=micro,
+        length_tokens=work.length_tokens,
+        eval_batch=1,
+        checkpointing=kind != "none",
+        full=full,
+        weights=weights,
+        precision=precision,
+        adapters="compute" if precision == "fp32" else "fp32-autocast",
+        optim=optim,
+        loss_kind=loss if config.loss_kind == "auto" else config.loss_kind,
+        lora_r=rank_of(config, spec),
+        target_modules=targets_of(config, spec),
+        keeps_gradients=accumulation > 1,
+        fused=fused_possible(config, spec, hardware, precision),
+        checkpoint_kind=kind,
+        loss_chunk_tokens=LOSS_CHUNK_TOKENS if plain_head else 0,
+    )
+
+
+def _evaluated(
+    config: RunConfig,
+    spec: ModelSpec,
+    hardware: HardwareSpec,
+    work: Workload,
+    case: MemoryCase,
+    accumulation: int,
+    packing: bool,
+    budget: int,
+) -> Candidate:
+    if config.per_device_eval_batch_size != "auto":
+        case = replace(case, eval_batch=config.per_device_eval_batch_size)
+    else:
+        for rows in _EVAL_BATCHES:
+            case = replace(case, eval_batch=rows)
+            memory = estimate_memory(spec, case, hardware, budget)
+            if memory.eval_peak_allocated_bytes <= 0.9 * min(memory.train_peak_allocated_bytes, budget):
+                break
+    memory = estimate_memory(spec, case, hardware, budget)
+    fits = max(memory.train_peak_reserved_bytes, memory.eval_peak_allocated_bytes) <= budget
+    return Candidate(case, accumulation, packing, memory, _rate(spec, case, hardware, work, packing), fits)
+
+
+def _rate(spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, work: Workload, packing: bool) -> float:
+    """Useful tokens a second."""
+    if packing:
+        useful = _BIN_FILL * case.micro_batch * case.length_tokens
+        step_s = estimate_step_s(
+            spec, case, hardware, attended_tokens=work.attended_tokens, target_share=work.target_share
+        )
+    else:
+        expected = replace(case, length_tokens=work.expected_longest(case.micro_batch))
+        useful = work.mean_tokens * case.micro_batch
+        step_s = estimate_step_s(spec, expected, hardware, target_share=work.target_share)
+    return useful / step_s
+
+
+def _batches(config: RunConfig, work: Workload, packing: bool) -> Iterator[tuple[int, int]]:
+    """Micro-batch and accumulation of every split of the effective batch."""
+    effective = config.effective_batch_size
+    if packing:
+        found = list(_packed_batches(config, work))
+        # Forced, although no bin is as small as the effective batch: the nearest.
+        yield from found or [(_given(config.per_device_train_batch_size, [1])[0], 1)]
+        return
+    micro_given, accumulation_given = config.per_device_train_batch_size, config.gradient_accumulation_steps
+    if micro_given != "auto":
+        yield micro_given, effective // micro_given if accumulation_given == "auto" else accumulation_given
+    elif accumulation_given != "auto":
+        yield max(1, effective // accumulation_given), accumulation_given
+    else:
+        yield from ((micro, effective // micro) for micro in range(1, effective + 1) if effective % micro == 0)
+
+
+def _packed_batches(config: RunConfig, work: Workload) -> Iterator[tuple[int, int]]:
+    most = max(1, int(work.step_tokens * (1 + _EFFECTIVE_SLACK) / (_BIN_FILL * work.length_tokens)))
+    for micro in _given(config.per_device_train_batch_size, list(range(1, most + 1))):
+        useful = _BIN_FILL * micro * work.length_tokens
+        accumulation = max(1, round(work.step_tokens / useful))
+        accumulation = _given(config.gradient_accumulation_steps, [accumulation])[0]
+        forced = "auto" not in (config.per_device_train_batch_size, config.gradient_accumulation_steps)
+        if forced or abs(accumulation * useful / work.step_tokens - 1) <= _EFFECTIVE_SLACK:
+            yield micro, accumulation
+
+
+def _weights(config: RunConfig, hardware: HardwareSpec, precision: Precision) -> list[Weights]:
+    if config.load_in_8bit:
+        return ["int8"]
+    if config.load_in_4bit != "auto":
+        return ["nf4" if config.load_in_4bit else precision]
+    quantisable = hardware.kind == "cuda" and config.finetuning_type == "lora" and has_bitsandbytes()
+    return [precision, "nf4"] if quantisable else [precision]
+
+
+def _optims(config: RunConfig, hardware: HardwareSpec) -> list[Optim]:
+    if config.optim != "auto":
+        return [config.optim]
+    if hardware.kind == "cpu":
+        return ["adamw_torch"]
+    if config.finetuning_type == "full" and has_bitsandbytes():
+        return ["adamw_torch_fused", "paged_adamw_8bit"]
+    return ["adamw_torch_fused"]
+
+
+def _checkpoint_kinds(config: RunConfig, spec: ModelSpec) -> list[CheckpointKind]:
+    if config.gradient_checkpointing == "auto":
+        return ["none", "selective", "full"]
+    return ["selective", "full"] if config.gradient_checkpointing else ["none"]
+
+
+def has_bitsandbytes() -> bool:
+    """Whether 4-bit weights and 8-bit optimizers can be used; found without importing it."""
+    return importlib.util.find_spec("bitsandbytes") is not None
+
+
+def _given(value: Any, otherwise: list[Any]) -> list[Any]:
+    """The value alone when the user gave one, else what is open."""
+    return otherwise if value == "auto" else [value]

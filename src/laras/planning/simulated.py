@@ -1,0 +1,119 @@
+"""Memory by simulation, kept on disk: a plan that was made before needs neither torch nor a second run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from laras import __version__
+from laras.config import RunConfig
+from laras.planning.allocator import replay
+from laras.planning.memory import workspace_bytes
+from laras.planning.trace import StepTrace
+from laras.records import HardwareSpec, MemoryEstimate, ModelSpec, PlanChoices, digest_of, write_atomically
+
+Simulate = Callable[[RunConfig, PlanChoices, int, HardwareSpec, int | None], StepTrace]
+"""As `laras.models.simulation.trace_step`; the pipeline hands it in."""
+
+_LAYOUT = 1  # raised whenever what a trace means changes
+_TRAINING = ("weights", "states", "batch", "forward", "loss", "backward", "end", "optimizer")
+_MOMENTS = {"loss": "loss", "backward": "backward of a layer", "forward": "forward", "optimizer": "optimizer step"}
+
+
+def simulated_memory(
+    simulate: Simulate,
+    config: RunConfig,
+    choices: PlanChoices,
+    spec: ModelSpec,
+    hardware: HardwareSpec,
+    budget_bytes: int,
+    documents: int | None = None,
+) -> tuple[MemoryEstimate, bool]:
+    """The predicted memory of a plan, and whether the allocator fits it into the budget.
+
+    Raises:
+        LarasError: The model cannot be simulated.
+    """
+    trace = _cached(simulate, config, choices, spec, hardware, documents)
+    whole = trace.unroll(spec.layers)
+    peaks = whole.peaks()
+    workspace = workspace_bytes(hardware)
+    train = {kind: peaks.get(kind, 0) for kind in _TRAINING}
+    moment = max(train, key=lambda kind: train[kind])
+    weights, states = peaks.get("weights", 0), peaks.get("states", 0)
+    capacity = max(1, budget_bytes - workspace)
+    result = replay(whole.events, capacity)
+    fits = result.fits
+    if not fits:
+        result = replay(whole.events)
+    peak = train[moment] + workspace
+    static = max(weights, states)
+    components = {
+        "weights": weights,
+        "optimizer": max(0, states - weights),
+        "activations": max(0, train["forward"] - static),
+        "loss" if moment == "loss" else "working set": max(0, train[moment] - max(train["forward"], static)),
+        "workspace": workspace,
+    }
+    components["gradients"] = max(0, peak - sum(components.values()))
+    estimate = MemoryEstimate(
+        train_peak_allocated_bytes=peak,
+        train_peak_reserved_bytes=result.peak_reserved_bytes + workspace,
+        eval_peak_allocated_bytes=peaks.get("evaluation", 0) + workspace,
+        device_budget_bytes=budget_bytes,
+        components=components,
+        peak_moment=_MOMENTS.get(moment, moment),
+        method="simulation",
+    )
+    return estimate, fits
+
+
+def _cached(
+    simulate: Simulate,
+    config: RunConfig,
+    choices: PlanChoices,
+    spec: ModelSpec,
+    hardware: HardwareSpec,
+    documents: int | None,
+) -> StepTrace:
+    key = {
+        "layout": _LAYOUT,
+        "laras": __version__,
+        "packages": {name: _version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")},
+        "model": spec.config_digest,
+        "choices": _deciding(choices),
+        "device": [hardware.kind, hardware.compute_capability],
+        "documents": documents,
+    }
+    path = Path(platformdirs.user_cache_dir("laras", appauthor=False)) / "simulations" / f"{digest_of(key)[:32]}.json"
+    try:
+        return StepTrace.from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError):
+        pass  # absent or damaged: made again
+    trace = simulate(config, choices, spec.layers, hardware, documents)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(trace.to_json(), separators=(",", ":")))
+    except OSError:
+        pass  # a cache that cannot be written costs time only
+    return trace
+
+
+def _deciding(choices: PlanChoices) -> dict[str, Any]:
+    """The choices that the memory of a step depends on."""
+    left_out = {"learning_rate", "eval_steps", "save_steps", "logging_steps", "lora_alpha", "trainable_parameters"}
+    values = choices.model_dump(mode="json", exclude=left_out)
+    values["gradient_accumulation_steps"] = min(2, choices.gradient_accumulation_steps)
+    return values
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,77 @@
+"""What the data asks of a step: lengths, padding, and how far attention reaches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+from laras.config import RunConfig
+from laras.records import DatasetProfile, LengthStats, ModelSpec, SplitManifest
+
+_MULTIPLE = 128  # lengths are planned in multiples of this
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Lengths of the training split.
+
+    Attributes:
+        length_tokens: The longest example, as planned.
+        mean_tokens: Of an example.
+        attended_tokens: Mean length of the example that a token is in.
+        rows: Training examples; 0 when the data is not known.
+        step_tokens: Tokens of an effective batch on average.
+        target_share: Share of the tokens that carry loss.
+        stats: Lengths; None when the data is not known.
+    """
+
+    length_tokens: int
+    mean_tokens: float
+    attended_tokens: float
+    rows: int
+    step_tokens: float
+    target_share: float
+    stats: LengthStats | None
+
+    def expected_longest(self, rows: int) -> int:
+        """Expected length of a padded batch of that many rows, a multiple of 8."""
+        stats = self.stats
+        if stats is None or not stats.histogram_counts:
+            return self.length_tokens
+        total, below, expected = sum(stats.histogram_counts), 0, 0.0
+        edges = stats.histogram_edges
+        for low, high, count in zip(edges, edges[1:], stats.histogram_counts, strict=False):
+            chance = ((below + count) / total) ** rows - (below / total) ** rows
+            expected += chance * min((low + high) / 2, stats.max)
+            below += count
+        return min(self.length_tokens, max(8, ceil(expected / 8) * 8))
+
+    def documents(self, tokens: int) -> int:
+        """Most documents of a packed bin, on the careful side."""
+        return max(1, ceil(1.5 * tokens / self.mean_tokens) + 1) if self.stats else max(1, tokens // self.length_tokens)
+
+
+def workload(
+    config: RunConfig, profile: DatasetProfile | None, manifest: SplitManifest | None, spec: ModelSpec
+) -> Workload:
+    """The data of a run, or examples that are all `max_length` long where there is none."""
+    cap = min(config.max_length, spec.max_position_embeddings)
+    longest = profile.tokens.max if profile and profile.tokens.max else cap
+    length = min(cap, ceil(longest / _MULTIPLE) * _MULTIPLE)
+    stats = manifest.train.tokens if manifest else profile.tokens if profile else None
+    if stats is None or not stats.rows or not stats.mean:
+        return Workload(length, length, length, 0, config.effective_batch_size * length, 1.0, None)
+    attended = _attended(stats)
+    share = min(1.0, max(0.01, stats.target_total / stats.total)) if stats.total else 1.0
+    return Workload(length, stats.mean, attended, stats.rows, config.effective_batch_size * stats.mean, share, stats)
+
+
+def _attended(stats: LengthStats) -> float:
+    """Mean length weighted by tokens, from the histogram."""
+    edges, counts = stats.histogram_edges, stats.histogram_counts
+    if not counts:
+        return stats.mean
+    middles = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+    tokens = sum(middle * count for middle, count in zip(middles, counts, strict=False))
+    squares = sum(middle * middle * count for middle, count in zip(middles, counts, strict=False))
+    return squares / tokens if tokens else stats.mean
