@@ -27,6 +27,7 @@ from laras.records import (
     EvalResult,
     HardwareSpec,
     RunResult,
+    Samples,
     SplitManifest,
     TrainPlan,
     write_atomically,
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 _RECORDED_PACKAGES = (
     "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "unsloth", "triton",
 )  # fmt: skip
+ANSWERS = 3
+_ANSWER_TOKENS = 64
 _T = TypeVar("_T")
 
 
@@ -140,19 +143,29 @@ def resume(run_dir: Path | str, observer: Observer | None = None, *, checkpoint:
     return _run_training(run, observer, resume_from=resume_from)
 
 
-def test(run_dir: Path | str, observer: Observer | None = None, *, max_samples: int | None = None) -> EvalResult:
+def test(
+    run_dir: Path | str,
+    observer: Observer | None = None,
+    *,
+    max_samples: int | None = None,
+    answers: int = ANSWERS,
+) -> EvalResult:
     """Opens the sealed test set of a finished run and scores the base and the tuned model on it.
+
+    The score, some answers of both models and a new report are left in the run.
 
     Args:
         run_dir: The run.
         observer: Is told what happens.
         max_samples: Score so many rows only, the same ones at every opening.
+        answers: Let both models answer so many of the rows, for the report; 0 for none.
 
     Raises:
         RunStateError: This is no run, or it is in use.
         SealedTestError: The run has not finished, or the set was altered.
     """
     from laras.data.sealed import open_sealed, read_openings, require_openable
+    from laras.evaluation.generate import generate_samples
     from laras.evaluation.metrics import loss_improvement_ci95, score_of
     from laras.models.finished import load_finished
 
@@ -179,7 +192,32 @@ def test(run_dir: Path | str, observer: Observer | None = None, *, max_samples: 
             openings=len(read_openings(run.path)),
         )
         evaluation.save(run.path)
+        if answers:
+            observer.stage_started("answering with both models")
+            samples = Samples(
+                parent_digest=evaluation.digest(),
+                seed=config.seed,
+                max_new_tokens=_ANSWER_TOKENS,
+                samples=tuple(_answers(pair, rows, answers, config.seed, generate_samples)),
+            )
+            samples.save(run.path)
+    _write_report(run, observer)
     return evaluation
+
+
+def _answers(pair: Any, rows: Any, count: int, seed: int, generate: Callable[..., Any]) -> Any:
+    with pair.tuned() as tuned:
+        return generate(tuned, pair.tokenizer, rows, count, seed, _ANSWER_TOKENS, base=pair.base)
+
+
+def _write_report(run: RunDir, observer: Observer) -> None:
+    """The page for people; what goes wrong with it is said and spoils nothing else."""
+    from laras.reporting.report import write_report
+
+    try:
+        write_report([run.path])
+    except LarasError as error:
+        observer.warning(f"no report was written: {error.message}")
 
 
 def inspection_json(inspection: Inspection) -> dict[str, Any]:
@@ -317,6 +355,8 @@ def _run_training(run: RunDir, observer: Observer, resume_from: Path | None) -> 
             observer=observer,
             resume_from=resume_from,
         )
+    if _rank() == 0:
+        _write_report(run, observer)
     return TrainOutcome(run.path, chosen, result)
 
 

@@ -10,9 +10,12 @@ from typing import Annotated
 import typer
 
 from laras import __version__
+from laras.cli.chat import chat_command
+from laras.cli.export import export_command
 from laras.cli.init import init_command
 from laras.cli.inspect import inspect_command
 from laras.cli.options import OVERRIDES
+from laras.cli.report import report_command
 from laras.cli.runs import runs_command
 from laras.cli.test import test_command
 from laras.cli.train import resume_command, train_command
@@ -28,6 +31,9 @@ app.command("inspect", context_settings=OVERRIDES)(inspect_command)
 app.command("train", context_settings=OVERRIDES)(train_command)
 app.command("resume")(resume_command)
 app.command("test")(test_command)
+app.command("report")(report_command)
+app.command("chat")(chat_command)
+app.command("export")(export_command)
 app.command("runs")(runs_command)
 
 

@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 def test_command(
     run: RunArgument,
     max_samples: Annotated[int | None, typer.Option(help="Score so many rows only, drawn by the run's seed.")] = None,
+    answers: Annotated[int, typer.Option(min=0, help="Let both models answer so many rows, for the report.")] = 3,
     as_json: JsonOption = False,
 ) -> None:
     """Open the sealed test set of a finished run; every opening is noted in its ledger."""
     from laras import pipeline
 
     with open_view() as view:
-        evaluation = pipeline.test(run, view, max_samples=max_samples)
+        evaluation = pipeline.test(run, view, max_samples=max_samples, answers=answers)
     if as_json:
         print_json(evaluation_json(evaluation))
     else:

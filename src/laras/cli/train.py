@@ -57,6 +57,7 @@ def _show(outcome: TrainOutcome, evaluation: EvalResult | None, as_json: bool) -
         typer.echo(f"best    step {result.best.step}, validation loss {result.best.eval_loss:.4f}")
     planned = outcome.plan.memory.train_peak_reserved_bytes
     typer.echo(f"memory  {size(result.measured.peak_reserved_bytes)}, planned {size(planned)}")
+    typer.echo(f"report  {outcome.run_dir / 'report.html'}")
     if evaluation:
         typer.echo()
         show_evaluation(evaluation)
