@@ -284,7 +284,14 @@ def _plan(config: RunConfig, prepared: PreparedData | None, observer: Observer) 
     observer.stage_started("planning")
     spec = _load_spec(config).model_copy(update={"source": config.model_name_or_path})
     profile, manifest = (prepared.profile, prepared.manifest) if prepared else (None, None)
-    return plan_training(config, profile, manifest, spec, load_hardware(config.gpu))
+    return plan_training(config, profile, manifest, spec, load_hardware(config.gpu), simulate=_simulate)
+
+
+def _simulate(*arguments: Any) -> Any:
+    """`laras.models.simulation.trace_step`, loaded only when the cache has no answer: it brings torch."""
+    from laras.models.simulation import trace_step
+
+    return trace_step(*arguments)
 
 
 def _require_fit(chosen: TrainPlan) -> None:

@@ -15,6 +15,7 @@ from laras.cli.export import export_command
 from laras.cli.init import init_command
 from laras.cli.inspect import inspect_command
 from laras.cli.options import OVERRIDES
+from laras.cli.plan import plan_command
 from laras.cli.report import report_command
 from laras.cli.runs import runs_command
 from laras.cli.test import test_command
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.command("init")(init_command)
 app.command("inspect", context_settings=OVERRIDES)(inspect_command)
+app.command("plan", context_settings=OVERRIDES)(plan_command)
 app.command("train", context_settings=OVERRIDES)(train_command)
 app.command("resume")(resume_command)
 app.command("test")(test_command)

@@ -37,6 +37,8 @@ from laras.records import (
     digest_of,
 )
 
+# A row costs half as much to validate as to train on, with frozen weights; so much of a run may go to validation.
+_FORWARD_SHARE, _EVALUATION_SHARE = 0.5, 0.2
 _RSLORA_FROM = 3e9
 # The closed form is trusted to this share: candidates above it are not simulated, and without a simulation a plan
 # must leave this much.
@@ -75,7 +77,7 @@ def plan_training(
     warnings: list[str] = []
     best = _choose(config, spec, hardware, work, found, simulate, warnings)
     steps = _steps(config, work, best)
-    choices = _choices(config, spec, best, steps)
+    choices = _choices(config, spec, best, _eval_steps(config, work, steps))
     reasons = {"precision": f"{precision}: {why}", **_reasons(config, spec, hardware, precision, work, found, best)}
     others = [one for one in found if one.case != best.case or one.packing != best.packing]
     others.sort(key=lambda one: (not one.fits, *one.preference()))
@@ -176,14 +178,22 @@ def _steps(config: RunConfig, work: Workload, best: Candidate) -> int:
     return max(1, ceil(ceil(work.rows / config.effective_batch_size) * config.num_train_epochs))
 
 
-def _choices(config: RunConfig, spec: ModelSpec, best: Candidate, steps: int) -> PlanChoices:
+def _eval_steps(config: RunConfig, work: Workload, steps: int) -> int:
+    """Steps between evaluations: a tenth of the run, at most 100, but far enough apart to cost little of it."""
+    if config.eval_steps != "auto":
+        return config.eval_steps
+    usual = max(1, min(100, steps // 10))
+    affordable = ceil(_FORWARD_SHARE * work.validation_tokens / (_EVALUATION_SHARE * work.step_tokens))
+    return max(1, min(max(usual, affordable), steps // 2))
+
+
+def _choices(config: RunConfig, spec: ModelSpec, best: Candidate, eval_steps: int) -> PlanChoices:
     case, full = best.case, best.case.full
     rslora = spec.total_parameters > _RSLORA_FROM if config.use_rslora == "auto" else config.use_rslora
     trained = spec.total_parameters if full else lora_parameters(spec, case.lora_r, case.target_modules)
     if config.use_dora and not full:
         trained += _dora_parameters(spec, case.target_modules)
     rate = (2e-5 if full else 2e-4) if config.learning_rate == "auto" else config.learning_rate
-    evaluate = max(1, min(100, steps // 10)) if config.eval_steps == "auto" else config.eval_steps
     attention = config.attn_implementation
     if attention == "auto":
         attention = "varlen" if best.packing else "sdpa"
@@ -215,8 +225,8 @@ def _choices(config: RunConfig, spec: ModelSpec, best: Candidate, steps: int) ->
         trainable_parameters=trained,
         total_parameters=spec.total_parameters + (0 if full else trained),
         learning_rate=rate,
-        eval_steps=evaluate,
-        save_steps=evaluate if config.save_steps == "auto" else config.save_steps,
+        eval_steps=eval_steps,
+        save_steps=eval_steps if config.save_steps == "auto" else config.save_steps,
         logging_steps=config.logging_steps,
     )
 
@@ -282,7 +292,9 @@ def _reasons(
         "use_rslora": f"from 3B on; {size}" if config.use_rslora == "auto" else given,
         "target_modules": "every linear layer but the head" if config.lora_target_modules == "auto" else given,
         "learning_rate": ("full fine-tuning" if case.full else "LoRA") if config.learning_rate == "auto" else given,
-        "eval_steps": "ten evaluations in the run, at most 100 steps apart" if config.eval_steps == "auto" else given,
+        "eval_steps": "a tenth of the run, at most 100 steps, unless validating would then cost a fifth of it"
+        if config.eval_steps == "auto"
+        else given,
     }
     return reasons
 

@@ -21,6 +21,7 @@ class Workload:
         attended_tokens: Mean length of the example that a token is in.
         rows: Training examples; 0 when the data is not known.
         step_tokens: Tokens of an effective batch on average.
+        validation_tokens: Of the whole validation split.
         target_share: Share of the tokens that carry loss.
         stats: Lengths; None when the data is not known.
     """
@@ -30,6 +31,7 @@ class Workload:
     attended_tokens: float
     rows: int
     step_tokens: float
+    validation_tokens: float
     target_share: float
     stats: LengthStats | None
 
@@ -60,10 +62,19 @@ def workload(
     length = min(cap, ceil(longest / _MULTIPLE) * _MULTIPLE)
     stats = manifest.train.tokens if manifest else profile.tokens if profile else None
     if stats is None or not stats.rows or not stats.mean:
-        return Workload(length, length, length, 0, config.effective_batch_size * length, 1.0, None)
+        return Workload(length, length, length, 0, config.effective_batch_size * length, 0, 1.0, None)
     attended = _attended(stats)
     share = min(1.0, max(0.01, stats.target_total / stats.total)) if stats.total else 1.0
-    return Workload(length, stats.mean, attended, stats.rows, config.effective_batch_size * stats.mean, share, stats)
+    return Workload(
+        length_tokens=length,
+        mean_tokens=stats.mean,
+        attended_tokens=attended,
+        rows=stats.rows,
+        step_tokens=config.effective_batch_size * stats.mean,
+        validation_tokens=manifest.validation.tokens.total if manifest else 0,
+        target_share=share,
+        stats=stats,
+    )
 
 
 def _attended(stats: LengthStats) -> float:

@@ -1,0 +1,99 @@
+"""`laras plan`: what would run, why, what it takes, and what would make it possible; nothing starts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from laras.cli.options import ConfigArguments, JsonOption, print_json, split_arguments
+from laras.cli.view import duration, open_view
+from laras.config import load_config
+from laras.errors import ExitCode
+from laras.records import TrainPlan
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_BAR_CHARS = 40
+_GIB = 2**30
+_SHOWN = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "packing", "max_length",
+    "load_in_4bit", "precision", "optim", "loss_kind", "attention", "backend", "lora_r", "lora_alpha", "use_rslora",
+    "target_modules", "learning_rate", "eval_steps",
+)  # fmt: skip
+
+
+def plan_command(
+    arguments: ConfigArguments = None,
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", help="Plan for this card instead of the local one: t4, l4, rtx4090, h100 …")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what would run and why, predicted memory and time; exit code 4 when it does not fit."""
+    from laras.pipeline import plan
+    from laras.planning.presentation import plan_json
+
+    path, overrides = split_arguments(arguments or ())
+    if gpu is not None:
+        overrides.append(f"gpu={gpu}")
+    config = load_config(path, overrides)
+    with open_view() as view:
+        made = plan(config, view)
+    if as_json:
+        print_json(plan_json(made))
+    else:
+        show_plan(made)
+    if not made.fits:
+        raise typer.Exit(int(ExitCode.PLAN))
+
+
+def show_plan(plan: TrainPlan) -> None:
+    """The plan for a person: choices with reasons, memory by component, time, runners-up, remedies."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    size = f"{plan.model.total_parameters / 1e9:.2f}B parameters"
+    console.print(f"{plan.model.source} ({plan.model.model_type}, {size}) on {plan.hardware.gpu_name}", markup=False)
+    table = Table(box=None, pad_edge=False)
+    for name in ("choice", "value", "reason"):
+        table.add_column(name, overflow="fold")
+    values = plan.choices.model_dump(mode="json")
+    for name in _SHOWN:
+        value = values[name]
+        text = ", ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
+        table.add_row(name, text, plan.reasons.get(name, ""))
+    console.print(table)
+    _show_memory(console, plan)
+    time = plan.time
+    console.print(f"\n{time.steps:,} steps at about {time.tokens_per_s:,.0f} tokens/s: {duration(time.total_s)}")
+    for other in plan.alternatives[:2]:
+        verdict = "fits" if other.fits else "does not fit"
+        console.print(
+            f"next best: micro-batch {other.per_device_train_batch_size}, checkpointing "
+            f"{'on' if other.gradient_checkpointing else 'off'}, 4-bit {'on' if other.load_in_4bit else 'off'}: "
+            f"{_gib(other.train_peak_allocated_bytes)}, {other.tokens_per_s:,.0f} tokens/s, {verdict}"
+        )
+    for warning in plan.warnings:
+        console.print(f"warning: {warning}", markup=False)
+    if not plan.fits:
+        console.print("does not fit; what would make it possible:")
+        for remedy in plan.remedies:
+            console.print(f"  {remedy}", markup=False)
+
+
+def _show_memory(console: Console, plan: TrainPlan) -> None:
+    memory = plan.memory
+    largest = max(1, memory.train_peak_allocated_bytes, memory.device_budget_bytes)
+    console.print(f"\nmemory at the peak ({memory.peak_moment}; {memory.method})", markup=False)
+    rows = [*memory.components.items(), ("total", memory.train_peak_allocated_bytes)]
+    rows += [("reserved", memory.train_peak_reserved_bytes), ("evaluation", memory.eval_peak_allocated_bytes)]
+    for name, size in [*rows, ("may be used", memory.device_budget_bytes)]:
+        bar = "#" * round(_BAR_CHARS * size / largest)
+        console.print(f"  {name:<14} {bar:<{_BAR_CHARS}} {_gib(size):>10}", markup=False)
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / _GIB:.2f} GiB"
