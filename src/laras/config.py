@@ -82,17 +82,21 @@ class _Frozen(BaseModel):
 class DatasetFiles(_Frozen):
     """The dataset as explicit parts; validation and test are then checked for leakage against train."""
 
-    train: str | tuple[str, ...]
-    validation: str | None = None
-    test: str | None = None
+    train: str | tuple[str, ...] = Field(description="Training rows: file, folder, glob or Hub id, or several.")
+    validation: str | None = Field(None, description="Validation rows; without them a share of train is taken.")
+    test: str | None = Field(None, description="Test rows, which are sealed; without them a share of train is taken.")
 
 
 class SplitConfig(_Frozen):
     """How rows are divided; `auto` follows the number of rows (see `laras.data.split`)."""
 
-    train: Auto | Annotated[float, Field(gt=0, lt=1)] = "auto"
-    validation: Auto | Annotated[float, Field(ge=0, lt=1)] = "auto"
-    test: Auto | Annotated[float, Field(ge=0, lt=1)] = "auto"
+    train: Auto | Annotated[float, Field(gt=0, lt=1)] = Field("auto", description="Share of the rows to learn from.")
+    validation: Auto | Annotated[float, Field(ge=0, lt=1)] = Field(
+        "auto", description="Share that chooses the best step; 0: none."
+    )
+    test: Auto | Annotated[float, Field(ge=0, lt=1)] = Field(
+        "auto", description="Share that is sealed for the score; 0: none."
+    )
     stratify_by: str | None = Field(None, description="Field of the rows whose proportions every split keeps.")
     near_duplicate_threshold: Annotated[float, Field(gt=0, le=1)] = Field(
         0.8,
@@ -128,72 +132,120 @@ class RunConfig(_Frozen):
     dataset: str | DatasetFiles = Field(
         BUILTIN_DATASET, description="File, folder, glob, Hub id, `builtin:…`, or parts."
     )
-    dataset_format: Literal["auto", "text", "prompt-completion", "messages", "alpaca", "sharegpt"] = "auto"
+    dataset_format: Literal["auto", "text", "prompt-completion", "messages", "alpaca", "sharegpt"] = Field(
+        "auto", description="Format of the rows; `auto`: found by their columns."
+    )
     columns: dict[str, str] = Field(
         default_factory=dict, description="Our field name → column in the data, e.g. {prompt: question}."
     )
-    on_bad_rows: Literal["stop", "skip"] = "stop"
+    on_bad_rows: Literal["stop", "skip"] = Field(
+        "stop", description="Stop with every bad row named, or skip and count them."
+    )
     overlong: Literal["truncate", "drop", "error"] = Field("truncate", description="Examples beyond `max_length`.")
     completion_only_loss: bool = Field(True, description="Loss on assistant turns and completions only.")
     max_length: Annotated[int, Field(ge=8, le=10_000_000)] = Field(4096, description="Cap in tokens.")
     limit: Annotated[int, Field(ge=1)] | None = Field(None, description="Use only the first N rows (a trial run).")
-    split: SplitConfig = SplitConfig()
+    split: SplitConfig = Field(SplitConfig(), description="Shares of train, validation and test, and how rows group.")
 
     # Method
-    finetuning_type: Literal["lora", "full"] = "lora"
-    lora_r: Auto | Annotated[int, Field(ge=1, le=4096)] = "auto"
-    lora_alpha: Auto | Annotated[float, Field(gt=0)] = "auto"
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    lora_target_modules: Auto | Literal["all-linear"] | tuple[str, ...] = "auto"
-    use_rslora: Auto | bool = "auto"
-    use_dora: bool = False
-    load_in_4bit: Auto | bool = "auto"
-    load_in_8bit: bool = False
+    finetuning_type: Literal["lora", "full"] = Field("lora", description="Train low-rank adapters, or all weights.")
+    lora_r: Auto | Annotated[int, Field(ge=1, le=4096)] = Field(
+        "auto", description="Rank of the adapters; `auto`: 8, 16 or 32 by the number of parameters."
+    )
+    lora_alpha: Auto | Annotated[float, Field(gt=0)] = Field(
+        "auto", description="Scale of the adapters; `auto`: twice the rank."
+    )
+    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Dropout of the adapters' input; above 0 the fused layers are not used."
+    )
+    lora_target_modules: Auto | Literal["all-linear"] | tuple[str, ...] = Field(
+        "auto", description="Names of the linear layers that get adapters; `auto`: all but the head."
+    )
+    use_rslora: Auto | bool = Field(
+        "auto", description="Scale by alpha / sqrt(rank); `auto`: from 3 billion parameters."
+    )
+    use_dora: bool = Field(False, description="Weight-decomposed adapters; slower.")
+    load_in_4bit: Auto | bool = Field(
+        "auto", description="Base weights in 4 bits (NF4); `auto`: when they do not fit otherwise."
+    )
+    load_in_8bit: bool = Field(False, description="Base weights in 8 bits.")
 
     # Optimization: never changed by planning
     effective_batch_size: Annotated[int, Field(ge=1)] = Field(16, description="Sequences per optimizer step.")
-    num_train_epochs: Annotated[float, Field(gt=0)] = 3.0
-    max_steps: Annotated[int, Field(ge=1)] | None = None
+    num_train_epochs: Annotated[float, Field(gt=0)] = Field(3.0, description="Passes over the training rows.")
+    max_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="Optimizer steps, whatever the epochs.")
     learning_rate: Auto | Annotated[float, Field(gt=0, le=1)] = Field("auto", description="LoRA 2e-4, full 2e-5.")
-    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
+        "cosine", description="How the learning rate falls after the warm-up."
+    )
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="Share of all steps in which the learning rate rises."
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.01, description="Decoupled weight decay.")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Gradients are scaled down to this norm; 0: never."
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(42, description="Of splits, order, adapters and dropout.")
     full_determinism: bool = Field(False, description="Bit-exact on GPU too; slower.")
 
     # Execution: planned when `auto`
-    backend: Literal["auto", "transformers", "unsloth"] = "auto"
-    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    attn_implementation: str = "auto"
-    loss_kind: Literal["auto", "full", "chunked"] = "auto"
-    packing: Auto | bool = "auto"
-    gradient_checkpointing: Auto | bool = "auto"
-    per_device_train_batch_size: Auto | Annotated[int, Field(ge=1)] = "auto"
-    per_device_eval_batch_size: Auto | Annotated[int, Field(ge=1)] = "auto"
-    gradient_accumulation_steps: Auto | Annotated[int, Field(ge=1)] = "auto"
-    optim: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = "auto"
+    backend: Literal["auto", "transformers", "unsloth"] = Field("auto", description="Library that builds the layers.")
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto", description="What layers compute in; `auto`: bf16, fp16 or fp32, by what the device has."
+    )
+    attn_implementation: str = Field(
+        "auto", description="Kernel of the attention, by its name in transformers; `auto`: planned."
+    )
+    loss_kind: Literal["auto", "full", "chunked"] = Field(
+        "auto", description="Logits of a batch whole, or in chunks, which takes less memory."
+    )
+    packing: Auto | bool = Field(
+        "auto", description="Several documents in one row without seeing each other, instead of padding."
+    )
+    gradient_checkpointing: Auto | bool = Field(
+        "auto", description="Compute activations again in backward: less memory, slower."
+    )
+    per_device_train_batch_size: Auto | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Rows in one forward pass; with packing, their longest length makes the bin."
+    )
+    per_device_eval_batch_size: Auto | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Rows in one forward pass of validation; changes no score."
+    )
+    gradient_accumulation_steps: Auto | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Micro-batches of an optimizer step."
+    )
+    optim: Literal["auto", "adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "auto", description="AdamW and how its states are kept."
+    )
     gpu: str | None = Field(None, description="Plan for this GPU of the catalogue instead of the local one.")
-    memory_budget_fraction: Annotated[float, Field(gt=0, le=1)] = 0.9
+    memory_budget_fraction: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.9, description="Share of the free device memory that a plan may use."
+    )
 
     # Validation and saving
-    eval_steps: Auto | Annotated[int, Field(ge=1)] = "auto"
-    save_steps: Auto | Annotated[int, Field(ge=1)] = "auto"
-    logging_steps: Annotated[int, Field(ge=1)] = 10
-    save_total_limit: Annotated[int, Field(ge=1)] = 3
-    early_stopping_patience: Annotated[int, Field(ge=1)] | None = 5
-    early_stopping_min_delta: Annotated[float, Field(ge=0)] = 0.001
+    eval_steps: Auto | Annotated[int, Field(ge=1)] = Field("auto", description="Optimizer steps between validations.")
+    save_steps: Auto | Annotated[int, Field(ge=1)] = Field("auto", description="Optimizer steps between checkpoints.")
+    logging_steps: Annotated[int, Field(ge=1)] = Field(10, description="Optimizer steps between lines of the metrics.")
+    save_total_limit: Annotated[int, Field(ge=1)] = Field(
+        3, description="Newest checkpoints that are kept; the best one is kept too."
+    )
+    early_stopping_patience: Annotated[int, Field(ge=1)] | None = Field(
+        5, description="Validations without improvement after which training stops; null: never."
+    )
+    early_stopping_min_delta: Annotated[float, Field(ge=0)] = Field(
+        0.001, description="Fall of the validation loss that counts as an improvement."
+    )
     max_skipped_steps: Annotated[int, Field(ge=1)] = Field(
         5, description="Steps in a row whose loss or gradient is not finite, after which training stops."
     )
 
     # Output
-    output_dir: str = Field("runs", min_length=1)
+    output_dir: str = Field("runs", min_length=1, description="Folder of the runs.")
     run_name: str | None = Field(
         None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$", description="Default: date, model, digest."
     )
-    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_as_list)] = (
-        "tensorboard",
+    report_to: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], BeforeValidator(_as_list)] = Field(
+        ("tensorboard",), description="Trackers; the metrics file is always written."
     )
 
     @model_validator(mode="after")
