@@ -103,10 +103,10 @@ def _similar_path(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"the folder {folder} does not exist; paths are relative to the configuration file or the working folder"
-    names = [entry.name for entry in folder.iterdir()]
-    close = difflib.get_close_matches(path.name, names, n=1)
-    if close:
-        return f"did you mean {folder / close[0]}?"
+    # By the stem: the ending alone makes all names alike.
+    names = {entry.stem: entry.name for entry in folder.iterdir()}
+    if close := difflib.get_close_matches(path.stem, names, n=1):
+        return f"did you mean {folder / names[close[0]]}?"
     return "check the path; it is relative to the configuration file or the working folder"
 
 
