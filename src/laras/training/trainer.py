@@ -85,6 +85,10 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)  # standard output is for data
         for parameter, data in trained.items():  # upstream rounds the adapters of a quantised model to bf16
             parameter.data = data.to(parameter.device)
+        for module in self.model.modules():
+            # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation: rounded, and without a gradient.
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
         self.counters, self.batches, self.memory = counters, batches, memory
         self._checkpoints, self._observer, self._make_step = checkpoints, observer, make_step
         self._identity, self._stop, self._max_skipped_steps = identity, stop, max_skipped_steps
@@ -153,6 +157,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         if self.counters.stopped:
             self.control.should_training_stop = True
         elif self.counters.evaluation_due:
+            self.control.should_save = True  # the checkpoint of this step lacks the evaluation
             self._validate_and_save()
 
     def _forward_backward(self, rows: StepRows) -> tuple[float, bool]:
@@ -253,7 +258,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         )  # fmt: skip
         if self.control.should_log:
             self._log_window(grad_norm, learning_rate)
-        if stop:
+        if stop or (self._stop and self.args.world_size == 1):  # several agree on it within a step
             self.counters.evaluation_due = bool(self.control.should_evaluate)
             self.control.should_training_stop = True
             self._save_checkpoint(self.model, None)
