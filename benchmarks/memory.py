@@ -1,0 +1,452 @@
+"""Predicted against measured memory and step time, on shapes that nothing was fitted to.
+
+    python benchmarks/memory.py predict     # CPU, before anything is measured: results/memory_predicted.jsonl
+    python benchmarks/memory.py measure     # one GPU, random weights: results/memory_measured.jsonl
+    python benchmarks/memory.py report      # joins them: results/memory.md
+
+A case is one optimizer step of the product's own path (`models.build`, `models.step`), repeated, then one evaluation
+batch. Needs no trl and no datasets. `measure` stops at --budget-s; cases are ordered so that every kind comes early.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+MIB = 2**20
+
+
+def _decoder(model_type: str, architecture: str, hidden: int, layers: int, heads: int, **keys: Any) -> dict[str, Any]:
+    return {
+        "model_type": model_type,
+        "architectures": [architecture],
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 32768,
+        **keys,
+    }
+
+
+# Shapes of published models; weights are random.
+MODELS: dict[str, dict[str, Any]] = {
+    "smollm2-135m": _decoder("llama", "LlamaForCausalLM", 576, 30, 9, num_key_value_heads=3, intermediate_size=1536, vocab_size=49152, tie_word_embeddings=True),
+    "qwen2.5-0.5b": _decoder("qwen2", "Qwen2ForCausalLM", 896, 24, 14, num_key_value_heads=2, intermediate_size=4864, vocab_size=151936, tie_word_embeddings=True),
+    "qwen2.5-1.5b": _decoder("qwen2", "Qwen2ForCausalLM", 1536, 28, 12, num_key_value_heads=2, intermediate_size=8960, vocab_size=151936, tie_word_embeddings=True),
+    "qwen2.5-7b": _decoder("qwen2", "Qwen2ForCausalLM", 3584, 28, 28, num_key_value_heads=4, intermediate_size=18944, vocab_size=152064, tie_word_embeddings=False),
+    "llama-3.2-1b": _decoder("llama", "LlamaForCausalLM", 2048, 16, 32, num_key_value_heads=8, head_dim=64, intermediate_size=8192, vocab_size=128256, tie_word_embeddings=True),
+    "llama-3.1-8b": _decoder("llama", "LlamaForCausalLM", 4096, 32, 32, num_key_value_heads=8, intermediate_size=14336, vocab_size=128256, tie_word_embeddings=False),
+    "mistral-7b": _decoder("mistral", "MistralForCausalLM", 4096, 32, 32, num_key_value_heads=8, intermediate_size=14336, vocab_size=32768, sliding_window=None, tie_word_embeddings=False),
+    "gemma-2b": _decoder("gemma", "GemmaForCausalLM", 2048, 18, 8, num_key_value_heads=1, head_dim=256, intermediate_size=16384, vocab_size=256000, tie_word_embeddings=True),
+    "gemma-2-2b": _decoder("gemma2", "Gemma2ForCausalLM", 2304, 26, 8, num_key_value_heads=4, head_dim=256, intermediate_size=9216, vocab_size=256000, tie_word_embeddings=True),
+    "phi-2": _decoder("phi", "PhiForCausalLM", 2560, 32, 32, num_key_value_heads=32, intermediate_size=10240, vocab_size=51200, partial_rotary_factor=0.4, tie_word_embeddings=False),
+    "phi-3-mini": _decoder("phi3", "Phi3ForCausalLM", 3072, 32, 32, num_key_value_heads=32, intermediate_size=8192, vocab_size=32064, pad_token_id=0, tie_word_embeddings=False),
+    "pythia-1b": _decoder("gpt_neox", "GPTNeoXForCausalLM", 2048, 16, 8, intermediate_size=8192, vocab_size=50304, tie_word_embeddings=False),
+    "pythia-410m": _decoder("gpt_neox", "GPTNeoXForCausalLM", 1024, 24, 16, intermediate_size=4096, vocab_size=50304, tie_word_embeddings=False),
+    "qwen3-1.7b": _decoder("qwen3", "Qwen3ForCausalLM", 2048, 28, 16, num_key_value_heads=8, head_dim=128, intermediate_size=6144, vocab_size=151936, tie_word_embeddings=True),
+}  # fmt: skip
+PLAIN_HEADS = {"smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "llama-3.2-1b", "llama-3.1-8b", "mistral-7b", "gemma-2b", "phi-3-mini", "qwen3-1.7b"}  # fmt: skip
+FUSED = {"smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-7b", "llama-3.2-1b", "llama-3.1-8b", "mistral-7b"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One configuration of a step; `options` are fields of PlanChoices."""
+
+    model: str
+    variant: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}|{self.variant}"
+
+
+def _ckpt(kind: str) -> dict[str, Any]:
+    return {"gradient_checkpointing": True, "checkpoint_kind": kind}
+
+
+def cases() -> list[Case]:
+    """Every case; breadth first."""
+    rows, packed = {"per_device_train_batch_size": 2}, {"packing": True, "attention": "varlen"}
+    plain = {"fused_layers": False}
+    first: list[Case] = []
+    rest: list[Case] = []
+    for model in MODELS:
+        large = model in ("qwen2.5-7b", "llama-3.1-8b", "mistral-7b")
+        length = {"max_length": 1024} if large else {"max_length": 2048}
+        fits_full = model in ("smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "llama-3.2-1b", "pythia-410m", "gemma-2b")
+        base = {**rows, **length, "per_device_eval_batch_size": 2}
+        first += [
+            Case(model, "padded", base),
+            Case(model, "padded, checkpointing", {**base, **_ckpt("full")}),
+            Case(model, "packed", {**base, **packed}),
+            Case(model, "nf4, packed, checkpointing", {**base, **packed, **_ckpt("full"), "load_in_4bit": True}),
+        ]
+        if model in FUSED:
+            rest += [
+                Case(
+                    model,
+                    "packed, selective",
+                    {**base, **packed, **_ckpt("selective"), "per_device_train_batch_size": 4},
+                ),
+                Case(
+                    model,
+                    "packed, accumulation",
+                    {
+                        **base,
+                        **packed,
+                        **_ckpt("full"),
+                        "gradient_accumulation_steps": 4,
+                        "per_device_train_batch_size": 4,
+                    },
+                ),
+                Case(model, "plain layers, padded", {**base, **plain}),
+            ]
+        if fits_full:
+            rest += [
+                Case(model, "full fine-tuning", {**base, **_ckpt("full"), "finetuning_type": "full"}),
+                Case(
+                    model,
+                    "full fine-tuning, adamw_8bit",
+                    {**base, **_ckpt("full"), "finetuning_type": "full", "optim": "adamw_8bit"},
+                ),
+            ]
+    base = {**rows, "max_length": 1024, "per_device_eval_batch_size": 4}
+    for model in ("qwen2.5-1.5b", "gemma-2-2b", "pythia-410m", "llama-3.1-8b"):
+        rest += [
+            Case(model, "DoRA, checkpointing", {**base, **_ckpt("full"), "use_dora": True}),
+            Case(model, "dropout", {**base, "lora_dropout": 0.1}),
+            Case(model, "rank 64", {**base, "lora_r": 64}),
+        ]
+    for model in ("qwen2.5-0.5b", "pythia-410m"):
+        rest += [
+            Case(model, "fp32", {**base, "precision": "fp32"}),
+            Case(model, "full, paged_adamw_8bit", {**base, "finetuning_type": "full", "optim": "paged_adamw_8bit"}),
+            Case(model, "full, adamw_torch", {**base, "finetuning_type": "full", "optim": "adamw_torch"}),
+        ]
+    return first + rest
+
+
+def choices_of(case: Case) -> Any:
+    from laras.planning.architecture import model_spec_from_config
+    from laras.planning.memory import adapted_layers
+    from laras.records import PlanChoices
+
+    spec = model_spec_from_config(MODELS[case.model], case.model)
+    targets = tuple(dict.fromkeys(name for name, _, _ in adapted_layers(spec, ())))
+    full = case.options.get("finetuning_type") == "full"
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False, "packing": False, "max_length": 1024, "finetuning_type": "lora",
+        "load_in_4bit": False, "load_in_8bit": False, "precision": "bf16", "optim": "adamw_torch_fused",
+        "backend": "transformers", "attention": "sdpa",
+        "loss_kind": "chunked" if case.model in PLAIN_HEADS and not full else "full", "lora_r": 16,
+        "lora_alpha": 32.0, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "target_modules": targets,
+        "trainable_parameters": 1, "total_parameters": spec.total_parameters, "learning_rate": 1e-4, "eval_steps": 1,
+        "save_steps": 1, "logging_steps": 1,
+    }  # fmt: skip
+    return PlanChoices(**{**defaults, **case.options})
+
+
+def documents_of(choices: Any) -> int | None:
+    return 2 * choices.per_device_train_batch_size if choices.packing else None
+
+
+def _config_folder(case: Case, folder: str) -> Any:
+    from laras.config import RunConfig
+
+    (Path(folder) / "config.json").write_text(json.dumps(MODELS[case.model]))
+    return RunConfig(model_name_or_path=folder)
+
+
+# ------------------------------------------------------------ predict
+
+
+def predict(out: Path, only: str) -> None:
+    from laras.models.simulation import trace_step
+    from laras.planning.allocator import replay
+    from laras.planning.architecture import model_spec_from_config
+    from laras.planning.catalogue import find_gpu
+    from laras.planning.memory import MemoryCase, context_bytes, estimate_memory, workspace_bytes
+    from laras.planning.throughput import estimate_step_s
+
+    hardware = find_gpu("h100").to_hardware()
+    workspace = workspace_bytes(hardware)
+    with out.open("w") as file:
+        for case in cases():
+            if only not in case.key:
+                continue
+            spec = model_spec_from_config(MODELS[case.model], case.model)
+            choices = choices_of(case)
+            started = time.perf_counter()
+            row: dict[str, Any] = {"key": case.key}
+            with tempfile.TemporaryDirectory() as folder:
+                try:
+                    config = _config_folder(case, folder)
+                    trace = trace_step(config, choices, spec.layers, hardware, documents_of(choices))
+                    whole = trace.unroll(spec.layers)
+                    peaks = whole.peaks()
+                    reserved = replay(whole.events).peak_reserved_bytes + workspace
+                    train = max(size for kind, size in peaks.items() if kind != "evaluation")
+                    row |= {
+                        "train_MiB": (train + workspace) / MIB,
+                        "eval_MiB": (peaks["evaluation"] + workspace) / MIB,
+                        "reserved_MiB": reserved / MIB,
+                        "process_MiB": (reserved + context_bytes(hardware)) / MIB,
+                        "moment": max(peaks, key=lambda kind: peaks[kind] if kind != "evaluation" else 0),
+                        "peaks_MiB": {kind: round(size / MIB, 1) for kind, size in peaks.items()},
+                        "depth": trace.layers,
+                    }
+                except Exception as error:  # noqa: BLE001 - a case that cannot be predicted is a row of the table
+                    row["error"] = f"{type(error).__name__}: {error}"[:300]
+            fused = case.model in FUSED and choices.fused_layers and choices.loss_kind == "chunked"
+            fused = fused and choices.precision == "bf16" and not choices.use_dora and not choices.lora_dropout
+            closed = MemoryCase(
+                micro_batch=choices.per_device_train_batch_size, length_tokens=choices.max_length,
+                eval_batch=choices.per_device_eval_batch_size, checkpointing=choices.gradient_checkpointing,
+                full=choices.finetuning_type == "full", weights="nf4" if choices.load_in_4bit else choices.precision,
+                precision=choices.precision, optim=choices.optim, loss_kind=choices.loss_kind, lora_r=choices.lora_r,
+                target_modules=choices.target_modules, keeps_gradients=choices.gradient_accumulation_steps > 1,
+                adapters="compute" if choices.precision == "fp32" else "fp32-autocast", fused=fused,
+                checkpoint_kind=choices.checkpoint_kind, loss_chunk_tokens=1024,
+            )  # fmt: skip
+            row["closed_MiB"] = estimate_memory(spec, closed, hardware, 1).train_peak_allocated_bytes / MIB
+            attended = choices.max_length / 2 if choices.packing else None
+            row["micro_s"] = estimate_step_s(spec, closed, hardware, attended_tokens=attended)
+            row["took_s"] = time.perf_counter() - started
+            print(json.dumps(row), file=file, flush=True)
+            print(f"{case.key:50} {row.get('train_MiB', 0):10.1f} {row.get('error', '')}", flush=True)
+
+
+# ------------------------------------------------------------ measure
+
+
+def measure(out: Path, only: str, budget_s: float) -> None:
+    import torch
+
+    started = time.monotonic()
+    torch.empty(1, device="cuda")
+    with out.open("w") as file:
+        header = {"event": "start", "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+        print(json.dumps(header), file=file, flush=True)
+        for case in cases():
+            if only not in case.key:
+                continue
+            if time.monotonic() - started > budget_s:
+                print(json.dumps({"key": case.key, "skipped": "time"}), file=file, flush=True)
+                continue
+            row: dict[str, Any] = {"key": case.key}
+            began = time.monotonic()
+            try:
+                row |= _measured(case)
+            except Exception as error:  # noqa: BLE001 - a case that fails is a row of the table
+                row["error"] = f"{type(error).__name__}: {error}"[:400]
+            gc.collect()
+            torch.cuda.empty_cache()
+            row["took_s"] = round(time.monotonic() - began, 2)
+            print(json.dumps(row), file=file, flush=True)
+            print(f"{case.key:50} {row.get('train_MiB', 0):10.1f} {row.get('micro_s', 0):8.4f} {row.get('error', '')[:150]}", flush=True)  # fmt: skip
+
+
+def _random_base(_source: str, **keys: Any) -> Any:
+    """Stands for `load_model`: the same model with random weights, quantised on the GPU where wanted."""
+    import torch
+    from torch import nn
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from laras.models.precision import torch_dtype
+
+    dtype = torch_dtype(keys["precision"])
+    config = AutoConfig.from_pretrained(_source)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=keys["attention"])
+    if keys["load_in_4bit"]:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+
+        head = model.get_output_embeddings()
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if type(child) is nn.Linear and child is not head:
+                    layer = Linear4bit(
+                        child.in_features, child.out_features, bias=False, compute_dtype=dtype, quant_type="nf4",
+                        device="meta",
+                    )  # fmt: skip
+                    data = child.weight.data.cpu()
+                    child.weight = None
+                    layer.weight = Params4bit(data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+                    layer.weight = layer.weight.cuda()
+                    layer.bias = child.bias
+                    setattr(parent, name, layer)
+        model.is_loaded_in_4bit = model.is_quantized = True
+    return model
+
+
+def _optimizer(choices: Any, parameters: list[Any]) -> Any:
+    import torch
+
+    if choices.optim.endswith("8bit"):
+        import bitsandbytes
+
+        kind = bitsandbytes.optim.PagedAdamW8bit if choices.optim.startswith("paged") else bitsandbytes.optim.AdamW8bit
+        return kind(parameters, lr=1e-5)
+    return torch.optim.AdamW(parameters, lr=1e-5, fused=True if choices.optim == "adamw_torch_fused" else None)
+
+
+def _batch(case: Case, choices: Any, rows: int, packed: bool) -> dict[str, Any]:
+    """Every token a target; packed documents are half of `max_length` long, padded rows have one padded token."""
+    import torch
+
+    vocab = MODELS[case.model]["vocab_size"]
+    tokens = rows * choices.max_length
+    shape = (1, tokens) if packed else (rows, choices.max_length)
+    ids = torch.randint(1, vocab, shape, device="cuda")
+    if not packed:
+        mask = torch.ones_like(ids)
+        mask[0, -1] = 0
+        return {"input_ids": ids, "labels": ids.clone(), "attention_mask": mask}
+    half = choices.max_length // 2
+    offsets = torch.arange(0, tokens + 1, half, dtype=torch.int32, device="cuda")
+    positions = torch.arange(half, device="cuda").repeat(tokens // half)[None]
+    return {
+        "input_ids": ids,
+        "labels": ids.clone(),
+        "position_ids": positions,
+        "cu_seqlens": offsets,
+        "target_positions": torch.arange(tokens, device="cuda"),
+    }
+
+
+def _measured(case: Case) -> dict[str, float]:
+    import torch
+
+    from laras.models import build
+    from laras.models.step import eager_step, path_of, target_losses
+    from laras.progress import Observer
+
+    choices = choices_of(case)
+    build.load_model = _random_base
+    with tempfile.TemporaryDirectory() as folder:
+        model = build.build_model(_config_folder(case, folder), choices, "cuda", Observer())
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = _optimizer(choices, parameters)
+    step, scale = eager_step(model), torch.ones((), device="cuda")
+    plain = path_of(model).fused is None and choices.precision != "fp32"
+    dtype = torch.bfloat16 if choices.precision == "bf16" else torch.float16
+    autocast = torch.autocast("cuda", dtype) if plain else contextlib.nullcontext()
+    batch = _batch(case, choices, choices.per_device_train_batch_size, choices.packing)
+    accumulation = min(2, choices.gradient_accumulation_steps)
+
+    def optimizer_step() -> None:
+        for _ in range(accumulation):
+            with autocast:
+                step(batch, scale)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    optimizer_step()
+    optimizer_step()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        optimizer_step()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - began) / accumulation)
+    row = {
+        "train_MiB": torch.cuda.max_memory_allocated() / MIB,
+        "reserved_MiB": torch.cuda.max_memory_reserved() / MIB,
+        "micro_s": median(times),
+        "fused": float(path_of(model).fused is not None),
+    }
+    free, total = torch.cuda.mem_get_info()
+    row["process_MiB"] = (total - free) / MIB
+    del batch
+    model.eval()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.no_grad(), autocast:
+        target_losses(model, _batch(case, choices, choices.per_device_eval_batch_size, False))
+    row["eval_MiB"] = torch.cuda.max_memory_allocated() / MIB
+    return row
+
+
+# ------------------------------------------------------------ report
+
+
+def _rows(path: Path) -> dict[str, dict[str, Any]]:
+    rows = (json.loads(line) for line in path.read_text().splitlines())
+    return {row["key"]: row for row in rows if "key" in row}
+
+
+def report(predicted: Path, measured: Path, out: Path) -> None:
+    plans, facts = _rows(predicted), _rows(measured)
+    columns = {"train_MiB": "allocated", "eval_MiB": "evaluation", "reserved_MiB": "reserved", "process_MiB": "process", "closed_MiB": "closed form", "micro_s": "time"}  # fmt: skip
+    errors: dict[str, list[float]] = {name: [] for name in columns}
+    body = []
+    for key, fact in facts.items():
+        plan = plans.get(key, {})
+        if "train_MiB" not in fact or "train_MiB" not in plan:
+            body.append(
+                f"| {key.replace('|', ': ')} | {fact.get('error', fact.get('skipped', plan.get('error', '')))[:80]} | | | | | |"
+            )
+            continue
+        cells = [f"{fact['train_MiB']:,.0f} MiB"]
+        for name in columns:
+            truth = fact["train_MiB" if name == "closed_MiB" else name]
+            error = plan[name] / truth - 1
+            errors[name].append(abs(error))
+            cells.append(f"{error:+.2%}")
+        body.append(f"| {key.replace('|', ': ')} | " + " | ".join(cells) + " |")
+    head = ["case", "measured allocated", *columns.values()]
+    lines = [
+        "# Predicted against measured memory",
+        "",
+        "Made by `python benchmarks/memory.py report`. Errors are prediction / measurement - 1.",
+        "",
+        "| quantity | cases | mean error | max error |",
+        "|---|---|---|---|",
+        *(f"| {title} | {len(errors[n])} | {mean(errors[n]):.2%} | {max(errors[n]):.2%} |" for n, title in columns.items() if errors[n]),
+        "",
+        "| " + " | ".join(head) + " |",
+        "|" + "---|" * len(head),
+        *body,
+    ]  # fmt: skip
+    out.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines[:14]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=["predict", "measure", "report", "list"])
+    parser.add_argument("--only", default="")
+    parser.add_argument("--budget-s", type=float, default=400)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    options.results.mkdir(exist_ok=True, parents=True)
+    predicted, measured = options.results / "memory_predicted.jsonl", options.results / "memory_measured.jsonl"
+    if options.mode == "list":
+        print("\n".join(case.key for case in cases()), len(cases()))
+    elif options.mode == "predict":
+        predict(predicted, options.only)
+    elif options.mode == "measure":
+        measure(measured, options.only, options.budget_s)
+    else:
+        report(predicted, measured, options.results / "memory.md")
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(KeyboardInterrupt):
+        main()
+    sys.exit(0)
