@@ -32,8 +32,9 @@ CASES = {
     "lora_16k": {"rows": 4}, "lora_8k": {"rows": 2},
     "lora_selective_16k": {"rows": 4, "kind": "selective"},
     "lora_full_16k": {"rows": 4, "kind": "full"}, "lora_full_8k": {"rows": 2, "kind": "full"},
-    "qlora_full_16k": {"rows": 4, "kind": "full", "nf4": True, "chunk": 1024, "loss_chunk": 512},
-    "qlora_full_8k": {"rows": 2, "kind": "full", "nf4": True, "chunk": 1024, "loss_chunk": 512},
+    "qlora_full_16k": {"rows": 4, "kind": "full", "nf4": True, "chunk": 2048},
+    "qlora_full_8k": {"rows": 2, "kind": "full", "nf4": True, "chunk": 2048},
+    "qlora_full_8k_graph": {"rows": 2, "kind": "full", "nf4": True, "chunk": 2048, "graph": True},
     "transformers_layers_16k": {"rows": 4, "fused": False},
     "7b_qlora_full_8k": {"rows": 2, "kind": "full", "nf4": True, "shape": "7b"},
 }  # fmt: skip
@@ -104,7 +105,8 @@ def choices_of(case):
         lora_alpha=32.0, lora_dropout=0.0, use_rslora=False, use_dora=False, trainable_parameters=0,
         target_modules=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
         total_parameters=0, learning_rate=1e-4, eval_steps=1, save_steps=1, logging_steps=1,
-        fused_layers=case.get("fused", True), mlp_chunk_tokens=case.get("chunk", 4096), loss_chunk_tokens=case.get("loss_chunk", 1024),
+        fused_layers=case.get("fused", True), mlp_chunk_tokens=case.get("chunk", 4096),
+        loss_chunk_tokens=case.get("loss_chunk", 1024), cuda_graph=case.get("graph", False),
     )  # fmt: skip
 
 
@@ -141,7 +143,7 @@ def measure(name, root, profile):
     batches, useful, shape = batches_of(case, documents)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
-    step = train_step(model, Loud())
+    step = train_step(model, choices_of(case), Loud())
     torch.cuda.reset_peak_memory_stats()
     losses, done = [], 0
 

@@ -275,6 +275,7 @@ class PlanChoices(Value):
     # How much of a fused layer is computed again in backward; read only with gradient_checkpointing, where `none`
     # stands for `full` (see `laras.models.fused.layer` for the bytes that each keeps).
     checkpoint_kind: Literal["none", "selective", "full"] = "none"
+    cuda_graph: bool = False  # replay the step: for steps that the CPU limits; reserves about twice the memory
     fused_layers: bool = True  # where the architecture allows it; else transformers' own layers
     mlp_chunk_tokens: int = 4096  # tokens whose gate and up exist at once in a checkpointed fused layer
     loss_chunk_tokens: int = 1024  # target tokens whose logits exist at once

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from laras.models.step import TrainStep, eager_step, path_of
 from laras.progress import Observer
+from laras.records import PlanChoices
 
 _EAGER_STEPS = 2  # kernels are compiled and chosen in these
 
 
-def train_step(model: nn.Module, observer: Observer) -> TrainStep:
-    """The fastest step for a model of `laras.models.build`: captured for fused layers on a GPU, else eager."""
-    if path_of(model).fused is None or next(model.parameters()).device.type != "cuda":
+def train_step(model: nn.Module, choices: PlanChoices, observer: Observer) -> TrainStep:
+    """The step of a model of `laras.models.build`: captured where the plan says so and layers are fused, else eager."""
+    if not choices.cuda_graph or path_of(model).fused is None or next(model.parameters()).device.type != "cuda":
         return eager_step(model)
     return GraphedStep(model, observer)
 

@@ -61,7 +61,7 @@ class _Attended:
     out: Tensor  # (T, H C)
     saved: Any
     o_ranks: Tensor
-    middle: Tensor  # hidden states after attention
+    middle: Tensor | None  # hidden states after attention
 
 
 class _LayerFunction(torch.autograd.Function):
@@ -90,9 +90,7 @@ class _LayerFunction(torch.autograd.Function):
         ctx.attended = ctx.feed = ctx.hidden = None
         tokens, width = hidden.shape
         spare = max(layer.o.ranks, layer.down.ranks)
-        total = hidden.new_empty(tokens, width + spare)
-        total[:, :width].copy_(gradients[0])
-        del gradients
+        total = _with_room(gradients[0], spare)
         if attended is None:
             attended = _attend(layer, hidden, documents)
         sums: list[list[Tensor | None]] = [[None] * len(group.adapters) for group in layer.groups]
@@ -101,8 +99,21 @@ class _LayerFunction(torch.autograd.Function):
         for rows in _chunks(tokens, tokens if feed is not None else layer.mlp_chunk):
             _feed_backward(layer, attended.middle[rows], total[rows], feed, sums)
         del feed
+        attended.middle = None  # the peak is in the attention's backward
         _attend_backward(layer, hidden, attended, total, documents, sums)
         return total[:, :width], None, None, *[one for group in sums for one in group]
+
+
+def _with_room(gradient_TD: Tensor, spare: int) -> Tensor:
+    """The gradient in a buffer of `spare` more columns: the one that the next layer returned, else a new one."""
+    tokens, width = gradient_TD.shape
+    stride = width + spare
+    if gradient_TD.stride() == (stride, 1) and gradient_TD.storage_offset() == 0:
+        if gradient_TD.untyped_storage().nbytes() >= tokens * stride * gradient_TD.element_size():
+            return gradient_TD.as_strided((tokens, stride), (stride, 1))
+    total = gradient_TD.new_empty(tokens, stride)
+    total[:, :width].copy_(gradient_TD)
+    return total
 
 
 def _chunks(tokens: int, chunk: int) -> list[slice]:
@@ -179,18 +190,26 @@ def _attend_backward(
     layer.o.load()
     gradient, dyb = layer.o.backward(total[:, : width + layer.o.ranks])
     layer.o.add_gradients(sums[1], attended.out, attended.o_ranks, total[:, :width], dyb)
-    q, k, v = _heads(layer, attended.qkv)
-    shape = (-1, layer.heads, layer.channels)
-    dq, dk, dv = attention_backward(
-        gradient.view(shape), q, k, v, attended.out.view(shape), attended.saved, documents, layer.scale
-    )
-    del gradient, q, k, v
     buffer = hidden.new_empty(hidden.shape[0], layer.qkv.outputs + layer.qkv.ranks)
-    to_q, to_k, to_v = _heads(layer, buffer)
-    rope_(dq, documents.cos_TC, documents.sin_TC, to_q, -1.0)
-    rope_(dk, documents.cos_TC, documents.sin_TC, to_k, -1.0)
-    to_v.copy_(dv)
-    del dq, dk, dv
+    targets, sources = _heads(layer, buffer), _heads(layer, attended.qkv)
+    shape = (-1, layer.heads, layer.channels)
+    out_THC, gradient_THC = attended.out.view(shape), gradient.view(shape)
+    group = layer.heads // layer.key_value_heads
+    # The kernel's temporaries grow with the heads: half of the key-value heads at a time, where they divide.
+    parts = 2 if layer.key_value_heads % 2 == 0 else 1
+    each = layer.key_value_heads // parts
+    for start in range(0, layer.key_value_heads, each):
+        few, many = slice(start, start + each), slice(start * group, (start + each) * group)
+        q, k, v = sources[0][:, many], sources[1][:, few], sources[2][:, few]
+        saved = attended.saved
+        if saved is not None:
+            saved = (saved[0][many].contiguous(), *saved[1:])
+        dq, dk, dv = attention_backward(gradient_THC[:, many], q, k, v, out_THC[:, many], saved, documents, layer.scale)
+        rope_(dq, documents.cos_TC, documents.sin_TC, targets[0][:, many], -1.0)
+        rope_(dk, documents.cos_TC, documents.sin_TC, targets[1][:, few], -1.0)
+        targets[2][:, few].copy_(dv)
+        del dq, dk, dv
+    del gradient, gradient_THC
     gradient, dyb = layer.qkv.backward(buffer)
     rms_norm_backward_(hidden, layer.input_norm, layer.eps, gradient, total[:, :width], gradient)
     layer.qkv.add_gradients(sums[0], gradient, attended.ranks, buffer[:, : layer.qkv.outputs], dyb)
