@@ -84,8 +84,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | str, bool]]:
 def _second_opinion(number: int, line: bytes, ended: bool) -> SourceRow:
     """Why a line is no JSON; or its value, where the standard library is more lenient (NaN, big numbers)."""
     try:
-        text = line.decode("utf-8")
-        value = json.loads(text)
+        value = json.loads(line.rstrip(b"\r\n").decode("utf-8"))
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeDecodeError as error:
         return SourceRow(number, None, f"not UTF-8: byte 0x{line[error.start]:02x} at position {error.start + 1}")
