@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo install install-dev test check unit clean
+.PHONY: demo install install-dev test check unit docs clean
 
 # The built-in example: a real 135M-parameter model learns functions of the standard library, and is scored.
 demo: install
@@ -43,5 +43,10 @@ check: install-dev
 unit: install-dev
 	$(BIN)/pytest -q
 
+# The documentation in site/; a broken link or an unknown anchor is an error.
+docs: install
+	$(BIN)/python -m pip install -q -c requirements.lock --group docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) build dist site src/*.egg-info
