@@ -34,7 +34,7 @@ def document_mask(cu_seqlens_M: Tensor, tokens: int, window: int | None = None) 
 
 
 def has_varlen_kernel(tensor: Tensor) -> bool:
-    """Whether torch's varlen kernel takes such queries: half precision on a GPU from Ampere on, heads of at most 256."""
+    """Whether torch's varlen kernel takes such queries: half precision, Ampere or later, heads up to 256."""
     if not tensor.is_cuda or tensor.dtype not in (torch.bfloat16, torch.float16) or tensor.shape[-1] > 256:
         return False
     return torch.cuda.get_device_capability(tensor.device) >= (8, 0)
@@ -66,13 +66,13 @@ def _attention(
         query_THC, key_TGC, value_TGC = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
         longest = max_document_tokens or tokens
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
-        out_THC = varlen_attn(
+        out_THC: Any = varlen_attn(
             query_THC, key_TGC, value_TGC, cu_seqlens, cu_seqlens, longest, longest,
             scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
         return out_THC.unsqueeze(0), None
     mask = document_mask(cu_seqlens, tokens, sliding_window)[None, None]
-    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)  # type: ignore[no-any-return]
+    return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
 
 
 def _mask(**arguments: Any) -> Tensor | None:
@@ -80,4 +80,5 @@ def _mask(**arguments: Any) -> Tensor | None:
     is_packed = arguments.get("attention_mask") is None and not arguments.get("allow_is_causal_skip", True)
     if is_packed and arguments["q_length"] == arguments["kv_length"] > 1:
         return None
-    return sdpa_mask(**arguments)
+    mask: Tensor | None = sdpa_mask(**arguments)
+    return mask

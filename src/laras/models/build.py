@@ -77,7 +77,7 @@ def _base(config: RunConfig, choices: PlanChoices, device: str) -> Any:
         config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             architecture,
             dtype=torch_dtype(choices.precision),
             attn_implementation=attention,

@@ -73,7 +73,7 @@ class GraphedStep:
 
     def _on_side_stream(self, batch: Mapping[str, Tensor], scale: Tensor) -> Tensor:
         """Gradients of a stream that was captured must not depend on work queued elsewhere."""
-        side = torch.cuda.Stream()
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             loss = self._eager(batch, scale)

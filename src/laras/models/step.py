@@ -134,7 +134,9 @@ def _chunked_target_losses(
     hidden_ND = _hidden_states(model, batch)[is_target_BT]
     targets_N = targets_BT[is_target_BT]
     nll, correct = [], []
-    for hidden_KD, targets_K in zip(hidden_ND.split(EVALUATION_CHUNK), targets_N.split(EVALUATION_CHUNK), strict=True):
+    for hidden_KD, targets_K in zip(
+        torch.split(hidden_ND, EVALUATION_CHUNK), torch.split(targets_N, EVALUATION_CHUNK), strict=True
+    ):
         logits_KV = head(hidden_KD).float()
         nll.append(nn.functional.cross_entropy(logits_KV, targets_K, reduction="none"))
         correct.append(logits_KV.argmax(dim=-1) == targets_K)

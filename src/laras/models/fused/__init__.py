@@ -1,1 +1,1 @@
-"""Decoder layers with LoRA as few large matrix products and hand-written backward passes, sharing the model's weights."""
+"""Decoder layers with LoRA as a few large products with hand-written backward, sharing the model's weights."""

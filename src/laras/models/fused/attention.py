@@ -54,9 +54,10 @@ def attention_backward(
             longest, longest, 0.0, True, state, unused, scale=scale,
         )  # fmt: skip
     with torch.enable_grad():
-        inputs = [one.detach().requires_grad_() for one in (q_THC, k_TGC, v_TGC)]
-        out = _reference(*inputs, documents, scale)
-        return torch.autograd.grad(out, inputs, gradient_THC)  # type: ignore[return-value]
+        q, k, v = (one.detach().requires_grad_() for one in (q_THC, k_TGC, v_TGC))
+        out = _reference(q, k, v, documents, scale)
+        dq, dk, dv = torch.autograd.grad(out, (q, k, v), gradient_THC)
+        return dq, dk, dv
 
 
 def _reference(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, documents: Documents, scale: float) -> Tensor:

@@ -6,13 +6,15 @@ Shapes: T tokens, D hidden, F feed-forward width, H heads, C channels of a head,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 IGNORE_INDEX = -100
 
 
-def _triton() -> object:
+def _triton() -> Any:
     from laras.models.fused import triton_kernels
 
     return triton_kernels
@@ -21,9 +23,10 @@ def _triton() -> object:
 def rms_norm_(x_TD: Tensor, weight_D: Tensor, eps: float, out_TD: Tensor) -> None:
     """`out = x / rms(x) * weight`, the rounding of transformers included."""
     if x_TD.is_meta:
-        return None
+        return
     if x_TD.is_cuda:
-        return _triton().rms_norm_(x_TD, weight_D, eps, out_TD)  # type: ignore[attr-defined, no-any-return]
+        _triton().rms_norm_(x_TD, weight_D, eps, out_TD)
+        return
     wide = x_TD.float()
     out_TD.copy_(weight_D * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x_TD.dtype))
 
@@ -33,24 +36,25 @@ def rms_norm_backward_(
 ) -> None:
     """Adds the gradient to the norm's input to `total`; recomputes the norm's output into `out`."""
     if x_TD.is_meta:
-        return None
+        return
     if x_TD.is_cuda:
-        return _triton().rms_norm_backward_(x_TD, weight_D, eps, gradient_TD, total_TD, out_TD)  # type: ignore[attr-defined, no-any-return]
+        _triton().rms_norm_backward_(x_TD, weight_D, eps, gradient_TD, total_TD, out_TD)
+        return
     wide = x_TD.float()
     rstd = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     normed, weighted = wide * rstd, gradient_TD.float() * weight_D.float()
     total_TD.add_(((weighted - normed * (weighted * normed).mean(-1, keepdim=True)) * rstd).to(total_TD.dtype))
     if out_TD is not None:
         out_TD.copy_(weight_D * normed.to(x_TD.dtype))
-    return None
 
 
 def rope_(heads_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, out_THC: Tensor, sign: float = 1.0) -> None:
     """Rotates heads by their positions, by the inverse with `sign` -1; `out` may be the input."""
     if heads_THC.is_meta:
-        return None
+        return
     if heads_THC.is_cuda:
-        return _triton().rope_(heads_THC, cos_TC, sin_TC, out_THC, sign)  # type: ignore[attr-defined, no-any-return]
+        _triton().rope_(heads_THC, cos_TC, sin_TC, out_THC, sign)
+        return
     half = heads_THC.shape[-1] // 2
     cos, sin = cos_TC[:, None, :half], sin_TC[:, None, :half] * sign
     first, second = heads_THC[..., :half], heads_THC[..., half:]
@@ -61,18 +65,20 @@ def rope_(heads_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, out_THC: Tensor, si
 def swiglu_(gate_TF: Tensor, up_TF: Tensor, out_TF: Tensor) -> None:
     """`out = silu(gate) * up`."""
     if gate_TF.is_meta:
-        return None
+        return
     if gate_TF.is_cuda:
-        return _triton().swiglu_(gate_TF, up_TF, out_TF)  # type: ignore[attr-defined, no-any-return]
+        _triton().swiglu_(gate_TF, up_TF, out_TF)
+        return
     out_TF.copy_(torch.nn.functional.silu(gate_TF) * up_TF)
 
 
 def swiglu_backward_(gate_TF: Tensor, up_TF: Tensor, gradient_TF: Tensor) -> None:
     """In place: gate and up become their gradients, the gradient of the product becomes the product."""
     if gate_TF.is_meta:
-        return None
+        return
     if gate_TF.is_cuda:
-        return _triton().swiglu_backward_(gate_TF, up_TF, gradient_TF)  # type: ignore[attr-defined, no-any-return]
+        _triton().swiglu_backward_(gate_TF, up_TF, gradient_TF)
+        return
     gate, up, gradient = gate_TF.float(), up_TF.float(), gradient_TF.float()
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
@@ -86,9 +92,10 @@ def swiglu_backward_(gate_TF: Tensor, up_TF: Tensor, gradient_TF: Tensor) -> Non
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, nll_T: Tensor) -> None:
     """Writes each row's loss, 0 where the target is -100; the logits become the gradient of the summed loss."""
     if logits_TV.is_meta:
-        return None
+        return
     if logits_TV.is_cuda:
-        return _triton().cross_entropy_(logits_TV, targets_T, nll_T)  # type: ignore[attr-defined, no-any-return]
+        _triton().cross_entropy_(logits_TV, targets_T, nll_T)
+        return
     wide, counted = logits_TV.float(), targets_T != IGNORE_INDEX
     log_probability = torch.log_softmax(wide, dim=-1)
     index = targets_T.clamp(min=0)[:, None]

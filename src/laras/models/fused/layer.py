@@ -69,15 +69,18 @@ class _LayerFunction(torch.autograd.Function):
     def forward(ctx: Any, hidden_TD: Tensor, layer: FusedLayer, documents: Documents, *adapters: Tensor) -> Tensor:
         kept = layer.checkpoint_kind
         attended = _attend(layer, hidden_TD, documents)
-        out = torch.empty_like(attended.middle)
+        middle = attended.middle
+        assert middle is not None
+        out = torch.empty_like(middle)
         chunk = hidden_TD.shape[0] if kept == "none" else layer.mlp_chunk
         layer.gate_up.load()
         layer.down.load()
         feed = None
         for rows in _chunks(hidden_TD.shape[0], chunk):
-            feed = _feed(layer, attended.middle[rows], out[rows])
+            feed = _feed(layer, middle[rows], out[rows])
             if kept != "none":
                 feed = None
+        del middle
         ctx.layer, ctx.documents, ctx.hidden = layer, documents, hidden_TD
         ctx.attended = attended if kept != "full" else None
         ctx.feed = feed
@@ -108,9 +111,9 @@ def _with_room(gradient_TD: Tensor, spare: int) -> Tensor:
     """The gradient in a buffer of `spare` more columns: the one that the next layer returned, else a new one."""
     tokens, width = gradient_TD.shape
     stride = width + spare
-    if gradient_TD.stride() == (stride, 1) and gradient_TD.storage_offset() == 0:
-        if gradient_TD.untyped_storage().nbytes() >= tokens * stride * gradient_TD.element_size():
-            return gradient_TD.as_strided((tokens, stride), (stride, 1))
+    is_ours = gradient_TD.stride() == (stride, 1) and gradient_TD.storage_offset() == 0
+    if is_ours and gradient_TD.untyped_storage().nbytes() >= tokens * stride * gradient_TD.element_size():
+        return gradient_TD.as_strided((tokens, stride), (stride, 1))
     total = gradient_TD.new_empty(tokens, stride)
     total[:, :width].copy_(gradient_TD)
     return total
@@ -123,8 +126,9 @@ def _chunks(tokens: int, chunk: int) -> list[slice]:
 def _heads(layer: FusedLayer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views of q (T, H, C), k and v (T, G, C)."""
     split = [layer.heads * layer.channels, *[layer.key_value_heads * layer.channels] * 2]
-    parts = qkv[:, : sum(split)].split(split, dim=1)
-    return tuple(part.unflatten(1, (-1, layer.channels)) for part in parts)  # type: ignore[return-value]
+    parts = torch.split(qkv[:, : sum(split)], split, dim=1)
+    q, k, v = (part.view(part.shape[0], -1, layer.channels) for part in parts)
+    return q, k, v
 
 
 def _attend(layer: FusedLayer, hidden: Tensor, documents: Documents) -> _Attended:
