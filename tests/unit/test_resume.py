@@ -45,7 +45,7 @@ def test_a_run_that_dies_and_resumes_ends_with_the_same_bytes(tmp_path: Path, na
     train(whole, scenario)
     deaths = 0
     # Each session gets a little further, so that they end within a step, between steps, and before the first save.
-    for calls in (3, 5, 7, 100):
+    for calls in (*(steps * scenario.accumulation + 1 for steps in (1, 3, 2)), 1000):
         try:
             train(broken, scenario, resume=deaths > 0, make_step=lambda model, n=calls: dying_step(model, n))
             break

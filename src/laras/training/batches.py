@@ -30,10 +30,14 @@ class TokenRows:
         table: The rows.
         lengths: Tokens of each row.
         targets: Tokens of each row that carry loss; the first token of a row is predicted by nothing.
+        sources: Where each row is in the user's data, counted from 0.
     """
 
     def __init__(self, rows: Dataset) -> None:
-        self.table: pa.Table = rows.with_format("arrow")[:].select(["input_ids", "labels"])
+        whole: pa.Table = rows.with_format("arrow")[:]
+        self.table = whole.select(["input_ids", "labels"])
+        known = "row" in whole.column_names
+        self.sources = whole.column("row").to_numpy() if known else np.arange(len(whole))
         self._chunks: list[tuple[Any, Any, Any]] = []
         self._starts: list[int] = []
         lengths, targets, start = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0

@@ -32,7 +32,7 @@ from laras.models.step import TrainStep
 from laras.progress import Observer, StepReport, ValidationReport
 from laras.records import RunEvent, SplitScore
 from laras.training import oom, state
-from laras.training.batches import StepRows, TrainBatches
+from laras.training.batches import StepRows, TokenRows, TrainBatches
 from laras.training.callbacks.memory import MemoryMonitor
 from laras.training.checkpoints import remove_old_checkpoints, save_checkpoint
 from laras.training.drift import Identity
@@ -198,8 +198,8 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             except oom.DeviceOutOfMemory as error:
                 text = str(error).partition("\n")[0]
             if len(self._piece) <= 1:
-                row = self._piece[0]
-                raise oom.does_not_fit(row, int(self.batches.rows.lengths[row]), doing)
+                rows, index = self.batches.rows, self._piece[0]
+                raise oom.does_not_fit(int(rows.sources[index]), int(rows.lengths[index]), doing)
             self.model.zero_grad()  # what this step had accumulated so far is computed again
             oom.free_caches()
             oom.restore_device_random_state(before, self.args.device)
@@ -318,8 +318,9 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             except oom.DeviceOutOfMemory as error:
                 text = str(error).partition("\n")[0]
             if batch_rows == 1:
-                lengths = [len(rows[index]["input_ids"]) for index in range(len(rows))]
-                raise oom.does_not_fit(lengths.index(max(lengths)), max(lengths), "validation of")
+                split = TokenRows(rows)
+                longest = int(split.lengths.argmax())
+                raise oom.does_not_fit(int(split.sources[longest]), int(split.lengths[longest]), "validation of")
             oom.free_caches()
             self.counters.eval_split_level += 1
             self.note("out_of_memory", f"evaluation batch {batch_rows} -> {batch_rows // 2} rows: {text}")
@@ -373,7 +374,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             return total
 
         rows = self.eval_dataset
-        longest = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
+        longest = (-TokenRows(rows).lengths).argsort(kind="stable")
         sample = rows.select(longest[: self.args.per_device_eval_batch_size])
         self.model.train()
         return rehearse(

@@ -1,0 +1,142 @@
+"""Out of memory: the step is finished with smaller micro-batches and the gradient of a run that had room."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import laras.training.trainer as trainer_module
+import tiny_training as tiny
+from laras.errors import OutOfMemoryError
+from laras.models.step import TrainStep, eager_step
+from laras.records import RunResult
+from tiny_training import Scenario, metrics, parameters, train
+
+PACKED = {"packing": True}
+
+
+class Room:
+    """A step that runs out of memory on batches of more than `tokens` slots, before or after its backward pass."""
+
+    def __init__(self, tokens: int = 10**9, fail_calls: tuple[int, ...] = (), after: bool = False) -> None:
+        self.tokens, self.fail_calls, self.after, self.calls, self.failures = tokens, fail_calls, after, 0, 0
+        self.gradients: list[torch.Tensor] = []
+
+    def __call__(self, model: nn.Module) -> TrainStep:
+        inner = eager_step(model)
+
+        def step(batch: Any, scale: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            fails = batch["input_ids"].numel() > self.tokens or self.calls in self.fail_calls
+            if not fails or self.after:
+                loss = inner(batch, scale)
+            if fails:
+                self.failures += 1
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return loss
+
+        return step
+
+
+@pytest.fixture
+def first_gradient(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The gradients of every step, before they are clipped."""
+    seen: list[torch.Tensor] = []
+    original = trainer_module.LarasTrainer._gradient_norm
+
+    def spy(self: Any, model: nn.Module) -> float:
+        seen.append(torch.cat([p.grad.flatten().clone() for p in self.model.parameters() if p.requires_grad]))
+        return original(self, model)
+
+    monkeypatch.setattr(trainer_module.LarasTrainer, "_gradient_norm", spy)
+    return seen
+
+
+ONE_STEP = {"max_steps": 1, "num_train_epochs": 1}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("after", [False, True], ids=["in forward", "after backward"])
+def test_a_failure_at_any_micro_step_leaves_the_gradient_as_it_was(
+    tmp_path: Path, first_gradient: list[torch.Tensor], packed: bool, after: bool
+) -> None:
+    scenario = Scenario(4, 3, config=ONE_STEP, choices=PACKED if packed else {})
+    train(tmp_path / "roomy", scenario)
+    expected = first_gradient.pop()
+    for call in (1, 2, 3):
+        room = Room(fail_calls=(call,), after=after)
+        train(tmp_path / f"tight-{call}", scenario, make_step=room)
+        assert room.failures == 1
+        difference = (first_gradient.pop() - expected).norm() / expected.norm()
+        assert difference <= 1e-6
+
+
+@pytest.mark.parametrize(("packed", "slots"), [(False, 16), (True, 16)])
+def test_repeated_failures_go_down_to_what_fits_and_keep_it(
+    tmp_path: Path, first_gradient: list[torch.Tensor], packed: bool, slots: int
+) -> None:
+    scenario = Scenario(4, 2, choices=PACKED if packed else {}, config={"num_train_epochs": 1})
+    train(tmp_path / "roomy", scenario)
+    expected = list(first_gradient)
+    first_gradient.clear()
+    observer, room = tiny.Recorder(), Room(tokens=slots)
+    result, _ = train(tmp_path / "tight", scenario, make_step=room, observer=observer)
+    assert (first_gradient[0] - expected[0]).norm() / expected[0].norm() <= 1e-6
+    events = [event.detail for event in result.events if event.kind == "out_of_memory"]
+    assert room.failures == len(events) == 2  # both in the first step; the size is kept
+    first, last = ("64 tokens -> 32 tokens", "32 tokens -> 16 tokens") if packed else ("4 rows -> 2", "2 rows -> 1")
+    assert first in events[0] and last in events[1]
+    assert len([text for text in observer.warnings if "out of memory" in text]) == 2
+
+
+def test_a_run_that_ran_out_of_memory_ends_where_one_with_room_does(tmp_path: Path) -> None:
+    scenario = Scenario(8, 1)
+    _, roomy = train(tmp_path / "roomy", scenario)
+    _, tight = train(tmp_path / "tight", scenario, make_step=Room(tokens=32))
+    before = parameters(roomy)
+    for name, value in parameters(tight).items():
+        torch.testing.assert_close(value, before[name], rtol=1e-3, atol=1e-5)
+    for one, other in zip(metrics(tmp_path / "roomy"), metrics(tmp_path / "tight"), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_the_smaller_size_survives_a_resume(tmp_path: Path) -> None:
+    scenario = Scenario(8, 1)
+    train(tmp_path, scenario, make_step=Room(tokens=32))
+    room = Room(tokens=32)
+    result, _ = train(tmp_path, scenario, resume=3, make_step=room)
+    assert room.failures == 0 and room.calls > 0
+    assert [event.kind for event in result.events].count("out_of_memory") >= 1
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_example_that_alone_does_not_fit_is_named(tmp_path: Path, packed: bool) -> None:
+    with pytest.raises(OutOfMemoryError, match=r"row \d+ alone \(1[01] tokens\)") as caught:
+        train(tmp_path, Scenario(4, 2, choices=PACKED if packed else {}), make_step=Room(tokens=8))
+    assert int(caught.value.exit_code) == 6
+    assert "max_length below 1" in (caught.value.hint or "")
+    assert RunResult.load(tmp_path).status == "failed"
+
+
+def test_an_evaluation_that_runs_out_of_memory_uses_smaller_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "roomy", Scenario(8, 1))
+    original, sizes = trainer_module.evaluate_split, []
+
+    def tight(*args: Any, **options: Any) -> Any:
+        sizes.append(options["batch_size"])
+        if options["batch_size"] > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return original(*args, **options)
+
+    monkeypatch.setattr(trainer_module, "evaluate_split", tight)
+    result, _ = train(tmp_path / "tight", Scenario(8, 1))
+    assert sizes == [4, 2, 1, 1]
+    assert len([event for event in result.events if "evaluation batch" in event.detail]) == 2
+    for one, other in zip(metrics(tmp_path / "roomy"), metrics(tmp_path / "tight"), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
