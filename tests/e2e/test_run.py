@@ -128,6 +128,9 @@ def test_nothing_is_left_behind_when_a_row_is_bad_and_every_bad_row_is_named(wor
     assert "bad.jsonl:21" in done.stderr and "bad.jsonl:22" in done.stderr
     assert "hint:" in done.stderr
     assert not (workplace / "runs" / "bad").exists()
+    told = laras("inspect", "laras.yaml", "dataset=bad.jsonl", "--json", cwd=workplace)
+    assert told.returncode == ExitCode.DATA
+    assert [problem["line"] for problem in json.loads(told.stdout)["problems"]] == [21, 22]
     skipped = only_json(
         laras("inspect", "laras.yaml", "dataset=bad.jsonl", "on_bad_rows=skip", "--json", cwd=workplace)
     )

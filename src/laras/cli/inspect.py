@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from laras.cli.options import ConfigArguments, JsonOption, print_json, read_config
 from laras.cli.view import open_view
 from laras.data.split import SPLITS
+from laras.errors import BadRowsError
 from laras.records import DatasetProfile, LengthStats
 
 if TYPE_CHECKING:
@@ -25,8 +26,13 @@ def inspect_command(arguments: ConfigArguments = None, as_json: JsonOption = Fal
     from laras.pipeline import inspect, inspection_json
 
     config, _ = read_config(arguments)
-    with open_view() as view:
-        inspection = inspect(config, view)
+    try:
+        with open_view() as view:
+            inspection = inspect(config, view)
+    except BadRowsError as error:
+        if as_json:
+            print_json(error.report)
+        raise
     if as_json:
         print_json(inspection_json(inspection))
     else:
