@@ -9,7 +9,7 @@ the command line. Every problem is reported in one go; an unknown key is an erro
 from __future__ import annotations
 
 import difflib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from laras.errors import ConfigError
+from laras.yaml_text import parse_yaml, read_text, unusable_values
 
 Auto = Literal["auto"]
 PROFILES = ("default", "conservative", "fast-look")
@@ -152,7 +153,7 @@ class RunConfig(_Frozen):
     lora_r: Auto | Annotated[int, Field(ge=1, le=4096)] = Field(
         "auto", description="Rank of the adapters; `auto`: 8, 16 or 32 by the number of parameters."
     )
-    lora_alpha: Auto | Annotated[float, Field(gt=0)] = Field(
+    lora_alpha: Auto | Annotated[float, Field(gt=0, le=1_000_000)] = Field(
         "auto", description="Scale of the adapters; `auto`: twice the rank."
     )
     lora_dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
@@ -171,8 +172,12 @@ class RunConfig(_Frozen):
     load_in_8bit: bool = Field(False, description="Base weights in 8 bits.")
 
     # Optimization: never changed by planning
-    effective_batch_size: Annotated[int, Field(ge=1)] = Field(16, description="Sequences per optimizer step.")
-    num_train_epochs: Annotated[float, Field(gt=0)] = Field(3.0, description="Passes over the training rows.")
+    effective_batch_size: Annotated[int, Field(ge=1, le=1_000_000)] = Field(
+        16, description="Sequences per optimizer step."
+    )
+    num_train_epochs: Annotated[float, Field(gt=0, le=100_000)] = Field(
+        3.0, description="Passes over the training rows."
+    )
     max_steps: Annotated[int, Field(ge=1)] | None = Field(None, description="Optimizer steps, whatever the epochs.")
     learning_rate: Auto | Annotated[float, Field(gt=0, le=1)] = Field("auto", description="LoRA 2e-4, full 2e-5.")
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = Field(
@@ -284,8 +289,12 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | S
         ConfigError: With every problem at once.
     """
     given = _read_yaml(Path(path)) if path is not None else {}
+    changed = _parse_overrides(overrides)
+    where = f"{path}" if path is not None else "the command line"
+    if unusable := [*unusable_values(given), *unusable_values(changed)]:
+        raise _config_error(unusable, where)
     values, problems = _canonical_keys(given)
-    override_values, override_problems = _canonical_keys(_parse_overrides(overrides))
+    override_values, override_problems = _canonical_keys(changed)
     problems += override_problems
     values = _merged(values, override_values)
     if not {"model_name_or_path", "dataset", "profile"} & values.keys():
@@ -301,13 +310,16 @@ def load_config(path: str | Path | None = None, overrides: Mapping[str, Any] | S
     except ValidationError as error:
         problems += _validation_problems(error)
     if problems or config is None:
-        where = f"{path}" if path is not None else "the command line"
-        raise ConfigError(
-            f"{len(problems)} problem{'s' * (len(problems) != 1)} in {where}",
-            problems=problems,
-            hint="`laras init` writes a file with every key that a person would change",
-        )
+        raise _config_error(problems, where)
     return config
+
+
+def _config_error(problems: Sequence[str], where: str) -> ConfigError:
+    return ConfigError(
+        f"{len(problems)} problem{'s' * (len(problems) != 1)} in {where}",
+        problems=problems,
+        hint="`laras init` writes a file with every key that a person would change",
+    )
 
 
 def config_to_yaml(config: RunConfig) -> str:
@@ -315,25 +327,9 @@ def config_to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key written twice, which YAML would silently resolve to the last one."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if isinstance(key, Hashable):
-                if key in seen:
-                    raise yaml.constructor.ConstructorError(
-                        None, None, f"the key {key!r} is written twice", key_node.start_mark
-                    )
-                seen.add(key)
-        return super().construct_mapping(node, deep)
-
-
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         raise ConfigError(
             f"no configuration file {path}", hint="`laras init` writes laras.yaml; `laras train` alone runs the example"
@@ -344,13 +340,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not UTF-8 (byte {error.start})", hint="save the file as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}", hint="check the path and its permissions") from None
+    except ValueError as error:
+        raise ConfigError(f"cannot read {str(path)!r}: {error}", hint="name the YAML file of a run") from None
     try:
-        values = yaml.load(text, _UniqueKeyLoader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        detail = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(
-            f"{path} is not valid YAML: {detail}", hint="check the indentation and quotes there"
-        ) from None
+        values = parse_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}", hint="check the indentation and quotes there") from None
     if values is None:
         return {}
     if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
@@ -371,12 +366,12 @@ def _parse_overrides(overrides: Mapping[str, Any] | Sequence[str]) -> dict[str, 
             if not equals or not key.strip():
                 raise ConfigError(f"override {text!r} is not KEY=VALUE", hint="for example learning_rate=1e-4")
             try:
-                pairs.append((key.strip(), yaml.safe_load(value)))
-            except yaml.YAMLError:
-                raise ConfigError(f"override {text!r}: the value is not valid YAML", hint="quote it") from None
+                pairs.append((key.strip(), parse_yaml(value)))
+            except ValueError:
+                raise ConfigError(f"override {text!r:.200}: the value is not valid YAML", hint="quote it") from None
     nested: dict[str, Any] = {}
     for key, value in pairs:
-        *parents, leaf = key.replace("-", "_").split(".")
+        *parents, leaf = str(key).replace("-", "_").split(".")
         level = nested
         for parent in parents:
             child = level.setdefault(parent, {})
@@ -410,7 +405,7 @@ def _canonical_keys(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str
 
 
 def _quantization_bits(value: Any) -> Any:
-    return {4: True, None: False}.get(value, value)
+    return {4: True, None: False}.get(value, value) if isinstance(value, int | None) else value
 
 
 def _validation_problems(error: ValidationError) -> list[str]:
@@ -467,7 +462,10 @@ def _relative_to(folder: Path, values: dict[str, Any], given: Mapping[str, Any])
         if isinstance(value, str) and not value.startswith("builtin:") and not Path(value).is_absolute():
             beside = folder / value
             is_glob = any(mark in value for mark in "*?[")
-            found = any(folder.glob(value)) if is_glob else beside.exists()
+            try:
+                found = any(folder.glob(value)) if is_glob else beside.exists()
+            except (OSError, ValueError, RecursionError):  # no path of this system: refused by whoever opens it
+                found = False
             return str(beside) if found else value
         if isinstance(value, Mapping):
             return {key: resolved(item) for key, item in value.items()}

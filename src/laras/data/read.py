@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,6 +169,8 @@ def _lenient_document(path: Path, content: bytes) -> Any:
             f"{path}:{error.lineno}: {kind}: {_json_detail(error)}",
             hint="write the file anew; in JSONL, one object a line, a damaged line costs one row only",
         ) from None
+    except ValueError as error:  # a number of more digits than Python reads
+        raise DataError(f"{path}: malformed JSON: {error}", hint="write so long a number as a text") from None
     return document
 
 
@@ -183,8 +186,9 @@ def _csv_rows(path: Path) -> Iterator[SourceRow]:
         header = [name.strip() for name in next(reader, [])]
     except csv.Error as error:
         raise DataError(f"{path}:1: malformed header: {error}", hint="the first line names the columns") from None
-    if doubled := sorted({name for name in header if header.count(name) > 1}):
-        raise DataError(f"{path}:1: the header names {', '.join(doubled)} twice", hint="give each column its own name")
+    if doubled := sorted(name for name, count in Counter(header).items() if count > 1):
+        shown = ", ".join(name[:80] or "''" for name in doubled[:10])
+        raise DataError(f"{path}:1: the header names {shown} twice", hint="give each column its own name")
     if 1 in damaged:
         raise DataError(f"{path}:1: the header is {damaged[1]}", hint="save the file as UTF-8")
     while True:

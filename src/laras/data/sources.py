@@ -84,19 +84,35 @@ def _sources_of(name: str, part: SplitName | None) -> list[Source]:
     if name.startswith("builtin:"):
         return [_builtin(name, part)]
     path = Path(name)
+    try:
+        if not name.strip() or "\0" in name:
+            raise ValueError("no name of a file")
+        local = _local_sources(path, part)
+    except (OSError, ValueError, RecursionError) as error:
+        detail = getattr(error, "strerror", None) or str(error)
+        raise DataError(f"dataset {name!r:.200}: {detail}", hint="write a file, a folder, a glob or a Hub id") from None
+    if local is not None:
+        return local
+    if _HUB_NAME.fullmatch(name) and path.suffix not in READERS:
+        return _hub(name, part)
+    raise DataError(f"no file or folder {name}", hint=_similar_path(path))
+
+
+def _local_sources(path: Path, part: SplitName | None) -> list[Source] | None:
+    """Sources of a path or a glob; None where there is nothing of the name."""
     if path.is_file():
         return _files([path], part)
     if path.is_dir():
         return _folder(path, part)
-    if any(mark in name for mark in "*?["):
+    if any(mark in str(path) for mark in "*?["):
         # The pattern may be absolute, which Path.glob refuses.
         found = sorted(found for found in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if found.is_file())
         if not found:
-            raise DataError(f"no file matches {name}", hint="check the pattern; `**` reaches into folders")
+            raise DataError(f"no file matches {path}", hint="check the pattern; `**` reaches into folders")
         return _files(found, part)
-    if _HUB_NAME.fullmatch(name) and path.suffix not in READERS:
-        return _hub(name, part)
-    raise DataError(f"no file or folder {name}", hint=_similar_path(path))
+    if path.exists() or path.is_symlink():  # a pipe could be read once, and may never end
+        raise DataError(f"{path} is neither a regular file nor a folder", hint="copy its content into a file")
+    return None
 
 
 def _similar_path(path: Path) -> str:
@@ -132,6 +148,9 @@ def _files(paths: list[Path], part: SplitName | None) -> list[Source]:
         if path.suffix.lower() not in READERS:
             problems.append(f"{path}: unknown kind of file {path.suffix!r}")
             continue
+        if not _is_text(str(path)):
+            problems.append(f"{str(path)!r}: the name is not UTF-8, which no record can hold")
+            continue
         try:
             size = path.stat().st_size
             digest = hashlib.sha256()
@@ -150,6 +169,11 @@ def _files(paths: list[Path], part: SplitName | None) -> list[Source]:
     if problems:
         raise DataError(f"{len(problems)} data files cannot be used", problems=problems, hint=_KINDS)
     return sources
+
+
+def _is_text(name: str) -> bool:
+    """False for the half characters that stand for bytes which are not UTF-8."""
+    return not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def _builtin(name: str, part: SplitName | None) -> Source:
