@@ -241,7 +241,7 @@ def _parquet_rows(path: Path) -> Iterator[SourceRow]:
                 for row in batch.to_pylist():
                     number += 1
                     yield SourceRow(number, row, None)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # a date may be beyond those of Python
         detail = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{path}: no Parquet file, or a damaged one, after row {number}: {detail}", hint="write the file anew"

@@ -102,16 +102,18 @@ def verify_checkpoint(folder: Path) -> None:
 def checkpoint_problems(folder: Path) -> list[str]:
     """What is wrong with a sealed folder, a file a line; nothing of it is loaded to find out."""
     try:
+        if not _is_plain_file(folder / MANIFEST_NAME):
+            return [f"{MANIFEST_NAME}: missing"]
         digests = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
         unknown = sorted(present - set(digests) - {MANIFEST_NAME})
-        problems = [f"{name}: not of this checkpoint" for name in unknown]
+        problems = [f"{_shown(name)}: not of this checkpoint" for name in unknown]
         for name, digest in digests.items():
-            if name not in present:
-                problems.append(f"{name}: missing")
-            elif (folder / name).is_symlink() or _file_digest(folder / name) != digest:
-                problems.append(f"{name}: altered")
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+            if name not in present:  # so is a name that leads out of the folder
+                problems.append(f"{_shown(name)}: missing")
+            elif not _is_plain_file(folder / name) or _file_digest(folder / name) != digest:
+                problems.append(f"{_shown(name)}: altered")
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
         problems = [f"{MANIFEST_NAME}: {type(error).__name__}"]
     return problems
 
@@ -173,7 +175,8 @@ def damaged_checkpoints(folder: Path) -> list[tuple[int, str]]:
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     """Steps and folders of the checkpoints, oldest first."""
     found = [(match, path) for path in folder.glob("step-*") if (match := _STEP_FOLDER.fullmatch(path.name))]
-    return sorted((int(match[1]), path) for match, path in found if path.is_dir())
+    # A link may lead anywhere, and quarantine or retention would follow it.
+    return sorted((int(match[1]), path) for match, path in found if path.is_dir() and not path.is_symlink())
 
 
 def remove_old_checkpoints(folder: Path, keep: int, best_step: int | None) -> None:
@@ -185,6 +188,16 @@ def remove_old_checkpoints(folder: Path, keep: int, best_step: int | None) -> No
             shutil.rmtree(gone, ignore_errors=True)
     for leftover in (*folder.glob(".step-*.removed"), *folder.glob(".step-*.partial"), *folder.glob(".step-*.old")):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_plain_file(path: Path) -> bool:
+    """A file of its own: no link, and no pipe that would be waited for."""
+    return path.is_file() and not path.is_symlink()
+
+
+def _shown(name: str) -> str:
+    """A name as one line of printable text, whatever is in it."""
+    return repr(name[:200])[1:-1]
 
 
 def _file_digest(path: Path) -> str:
