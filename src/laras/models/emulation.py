@@ -104,7 +104,12 @@ def kernels_of(hardware: HardwareSpec) -> Iterator[None]:
         output: Tensor = efficient(query, key, value, bias, grad, dropout_p, is_causal, scale=scale)[0]
         return output
 
+    def dropout(inputs: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+        # The GPU's kernel keeps a mask of one byte; on meta it would be a tensor of the input's type.
+        return inputs if p == 0 or not training else torch.native_dropout(inputs, p, True)[0]
+
     with (
+        mock.patch.object(functional, "dropout", dropout),
         mock.patch.object(functional, "scaled_dot_product_attention", attend),
         mock.patch.object(attention, "has_varlen_kernel", flash_runs),
         mock.patch.object(lora.LoraGroup, "load", _load),
@@ -137,7 +142,7 @@ def autocast_like_cuda(precision: Precision) -> Iterator[None]:
     """
     low = torch.bfloat16 if precision == "bf16" else torch.float16
     kept: dict[int, tuple[Tensor, Tensor]] = {}
-    linear, layer_norm = functional.linear, functional.layer_norm
+    linear, layer_norm, power = functional.linear, functional.layer_norm, torch.pow
 
     def lowered(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or tensor.dtype is not torch.float32:
@@ -157,6 +162,9 @@ def autocast_like_cuda(precision: Precision) -> Iterator[None]:
         parts = [None if one is None else one.float() for one in (weight, bias)]
         return layer_norm(inputs.float(), shape, *parts, eps=eps)
 
+    def high_power(inputs: Any, exponent: Any) -> Tensor:
+        return power(inputs.float() if isinstance(inputs, Tensor) else inputs, exponent)
+
     was = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", low)
@@ -164,6 +172,7 @@ def autocast_like_cuda(precision: Precision) -> Iterator[None]:
         with (
             mock.patch.object(functional, "linear", low_linear),
             mock.patch.object(functional, "layer_norm", high_norm),
+            mock.patch.object(torch, "pow", high_power),
         ):
             yield
     finally:

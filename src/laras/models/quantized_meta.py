@@ -74,9 +74,7 @@ def _int8(linear: nn.Linear) -> nn.Module:
     from bitsandbytes.nn import Int8Params, Linear8bitLt
 
     with torch.device("meta"):
-        layer = Linear8bitLt(
-            linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=6.0
-        )
+        layer = Linear8bitLt(linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=6.0)
         weights = torch.empty(linear.weight.shape, dtype=torch.int8)
         scales = torch.empty(linear.out_features, dtype=torch.float32)
     layer.weight = Int8Params(weights, requires_grad=False, has_fp16_weights=False, CB=weights, SCB=scales)

@@ -84,13 +84,8 @@ def _record(
     blocks = _decoder_layers(model, layers)
     owner = {id(part): number for number, block in enumerate(blocks) for part in block.modules()}
     recorder = Recorder(blocks)
-    recorder.record_owned("weights", _static_tensors(model, owner))
-    trained = [
-        (owner.get(id(module), -1), parameter)
-        for module in model.modules()
-        for parameter in module.parameters(recurse=False)
-        if parameter.requires_grad
-    ]
+    _record_static(recorder, model, owner)
+    trained = _trained(model, owner)
     fused = path_of(model).fused
     record_states(recorder, trained, choices.optim)
     step = eager_step(model)
@@ -182,22 +177,49 @@ def _decoder_layers(model: nn.Module, layers: int) -> list[nn.Module]:
     return list(max(found, key=lambda part: sum(p.numel() for p in part.parameters())))
 
 
-def _static_tensors(model: nn.Module, owner: Mapping[int, int]) -> Iterator[tuple[int, Tensor]]:
+def _trained(model: nn.Module, owner: Mapping[int, int]) -> list[tuple[int, nn.Parameter]]:
+    """Trainable parameters with the layer that owns each; a tied one counts once."""
+    seen: dict[int, tuple[int, nn.Parameter]] = {}
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.requires_grad:
+                seen.setdefault(id(parameter), (owner.get(id(module), -1), parameter))
+    return list(seen.values())
+
+
+def _record_static(recorder: Recorder, model: nn.Module, owner: Mapping[int, int]) -> None:
+    """What lives through the run, in the order in which building the model takes it.
+
+    Fused layers copy their weights into storages of their own and give the loaded ones back, layer by layer; the order
+    decides which holes the storages leave.
+    """
     from laras.models.step import path_of
 
     fused = path_of(model).fused
-    storages: list[tuple[int, Tensor]] = []
-    for number, layer in enumerate(fused.layers if fused is not None else ()):
-        for group in layer.groups:
-            own = [group.storage, group.bias, getattr(group, "_factors", None)]
-            storages += [(number, tensor) for tensor in own if tensor is not None]
-    shared = [one.untyped_storage()._cdata for _, one in storages]
-    for number, tensor in storages:
-        yield (-1 if shared.count(tensor.untyped_storage()._cdata) > 1 else number), tensor
+    groups = [(number, group) for number, layer in enumerate(fused.layers if fused else ()) for group in layer.groups]
+    moved = {id(group.storage.untyped_storage()) for _, group in groups if not group._is_quantized}
+    loaded: dict[int, list[int]] = {}
     for module in model.modules():
         layer = owner.get(id(module), -1)
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False), *quantized_storages(module)):
-            yield layer, tensor
+        for parameter in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            recorder.begin("weights", 0, layer)
+            if id(parameter.untyped_storage()) in moved:
+                taken = recorder.request(parameter.numel() * parameter.element_size())
+                loaded.setdefault(id(parameter.untyped_storage()), []).append(taken)
+            else:
+                recorder.track(parameter)
+        for tensor in quantized_storages(module):
+            recorder.begin("weights", 0, layer)
+            recorder.track(tensor)
+    shared = [group.storage.untyped_storage()._cdata for _, group in groups]
+    for number, group in groups:
+        is_shared = shared.count(group.storage.untyped_storage()._cdata) > 1
+        for tensor in (group.storage, group.bias, getattr(group, "_factors", None)):
+            if tensor is not None:
+                recorder.begin("weights", 1, -1 if is_shared and tensor is group.storage else number)
+                recorder.track(tensor)
+        for taken in loaded.get(id(group.storage.untyped_storage()), ()):
+            recorder.give_back(taken)
 
 
 # ------------------------------------------------------------ batches

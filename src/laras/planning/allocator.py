@@ -165,18 +165,23 @@ class Replay:
     retries: int
 
 
-def replay(events: Iterable[int], capacity_bytes: int | None = None) -> Replay:
+def replay(events: Iterable[int], capacity_bytes: int | None = None, *, released_at: int | None = None) -> Replay:
     """Runs a sequence of requests through the allocator.
 
     Args:
         events: `n > 0` allocates n bytes; `-i` frees the i-th allocation, counted from 1.
         capacity_bytes: Most that may be reserved; None is unlimited.
+        released_at: Unused segments are returned, and peaks begin again, before the event of this number.
     """
     allocator = CachingAllocator(capacity_bytes)
     addresses: list[int] = []
     fits = True
     try:
-        for event in events:
+        for number, event in enumerate(events):
+            if number == released_at:
+                allocator.release_unused()
+                allocator.peak_allocated_bytes = allocator.allocated_bytes
+                allocator.peak_reserved_bytes = allocator.reserved_bytes
             if event > 0:
                 addresses.append(allocator.malloc(event))
             else:

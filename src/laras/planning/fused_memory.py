@@ -1,4 +1,4 @@
-"""Memory of the fused layers (`laras.models.fused`) in closed form; bytes follow the buffers that each pass allocates."""
+"""Memory of the fused layers (`laras.models.fused`) in closed form, from the buffers that each pass allocates."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _sizes(spec: ModelSpec, rank: int) -> _Sizes:
 
 
 def fused_static_bytes(spec: ModelSpec, case: MemoryCase, element: int) -> int:
-    """Bytes beyond weights and adapters: the adapters' copies beside the weights, unpacked 4-bit weights of one layer."""
+    """Bytes beyond weights and adapters: the adapters' copies, and the unpacked 4-bit weights of one layer."""
     s = _sizes(spec, case.lora_r)
     groups = (
         (s.hidden, s.qkv, s.rank_qkv),

@@ -140,8 +140,7 @@ def _choose(
     if simulate is not None:
         if last is not None and last.case == smallest.case:
             return last
-        exact = _simulated(config, spec, hardware, work, smallest, limit, simulate)
-        return exact
+        return _simulated(config, spec, hardware, work, smallest, limit, simulate)
     return _by_closed_form(found, smallest, 1.0)
 
 
@@ -268,7 +267,7 @@ def _reasons(
         least = min(one.memory.train_peak_reserved_bytes for one in wide)
         four_bit = f"unquantised weights need at least {_gib(least)}"
     fused = fused_possible(config, spec, hardware, precision)
-    reasons = {
+    return {
         "max_length": f"the longest example in multiples of 128, at most {cap}"
         if work.stats
         else f"no data: every example is taken to have {work.length_tokens} tokens",
@@ -296,7 +295,6 @@ def _reasons(
         if config.eval_steps == "auto"
         else given,
     }
-    return reasons
 
 
 def _optim_reason(config: RunConfig, hardware: HardwareSpec, best: Candidate) -> str:

@@ -69,9 +69,9 @@ def _changes(config: RunConfig, hardware: HardwareSpec) -> Iterator[tuple[str, d
         yield "per_device_train_batch_size: auto", {"per_device_train_batch_size": "auto"}
     if config.loss_kind == "full":
         yield "loss_kind: auto", {"loss_kind": "auto"}
-    if cuda and config.finetuning_type == "lora" and config.load_in_4bit is not True:
-        if config.load_in_4bit is False or not has_bitsandbytes():
-            yield "load_in_4bit: true", {"load_in_4bit": True}
+    four_bit_open = config.load_in_4bit == "auto" and has_bitsandbytes()  # then it was tried already
+    if cuda and config.finetuning_type == "lora" and config.load_in_4bit is not True and not four_bit_open:
+        yield "load_in_4bit: true", {"load_in_4bit": True}
     if config.finetuning_type == "full":
         yield "finetuning_type: lora", {"finetuning_type": "lora", "optim": "auto"}
     if cuda and config.finetuning_type == "full" and config.optim not in ("auto", "paged_adamw_8bit"):

@@ -51,7 +51,7 @@ def simulated_memory(
     fits = result.fits
     if not fits:
         result = replay(whole.events)
-    peak = train[moment] + workspace
+    peak = replay(whole.until("evaluation")).peak_allocated_bytes + workspace
     static = max(weights, states)
     components = {
         "weights": weights,

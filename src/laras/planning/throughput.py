@@ -30,10 +30,11 @@ class Rates:
 
 
 # Source: benchmarks/results/memory.md (H100); the plain path from tests/fixtures/h100_memory.jsonl as well.
-FUSED = Rates(matrix=0.62, attention=0.30, bandwidth=0.75, launch_s=0.0022, traffic=14.0)
-PLAIN = Rates(matrix=0.52, attention=0.28, bandwidth=0.70, launch_s=0.0062, traffic=60.0)
+FUSED = Rates(matrix=0.60, attention=0.30, bandwidth=0.75, launch_s=0.0034, traffic=14.0)
+PLAIN = Rates(matrix=0.52, attention=0.28, bandwidth=0.70, launch_s=0.0072, traffic=60.0)
 CPU = Rates(matrix=1.0, attention=1.0, bandwidth=0.5, launch_s=0.0, traffic=20.0)
-_DEQUANTISED_BYTES = 2 + 0.5  # a 4-bit weight is read packed and written unpacked
+_DEQUANTISED_BYTES = 9.0  # a 4-bit weight is unpacked, copied into place and read again
+_UNPACK_LAUNCH_S = 0.0022  # seconds a layer to launch that
 
 
 def estimate_step_s(
@@ -83,4 +84,5 @@ def estimate_step_s(
     if case.weights in ("nf4", "int8"):
         unpack_s = spec.linear_parameters * _DEQUANTISED_BYTES * (2 + recomputes) / bandwidth
     compute_s = matrix_s + attention_s + traffic_s + unpack_s
-    return max(compute_s, rates.launch_s * spec.layers * (1.6 if case.checkpointing else 1))
+    launch_s = rates.launch_s * (1 + 0.6 * min(1.0, recomputes)) + (_UNPACK_LAUNCH_S if unpack_s else 0)
+    return max(compute_s, launch_s * spec.layers if hardware.kind == "cuda" else 0.0)

@@ -1,7 +1,7 @@
 """The requests for memory of one training step, recorded at a small depth and unrolled to the model's.
 
-A step is recorded with few decoder layers, cut into segments: what lives before it, each layer's forward, the loss, each
-layer's backward, and the end. A decoder repeats itself, so the segments of a middle layer stand for all middle layers:
+A step is recorded with few decoder layers, cut into segments: what lives before it, each layer's forward, the loss,
+each layer's backward, and the end. A decoder repeats itself, so the segments of a middle layer stand for all middle layers:
 unrolled, the trace is request for request what the whole depth would have made, for a fraction of the work.
 """
 
@@ -50,6 +50,11 @@ class Unrolled:
     events: tuple[int, ...]
     marks: tuple[tuple[int, str], ...]
 
+    def until(self, kind: str) -> tuple[int, ...]:
+        """The events before the first segment of a kind; all where there is none."""
+        end = next((start for start, name in self.marks if name == kind), len(self.events))
+        return self.events[:end]
+
     def peaks(self) -> dict[str, int]:
         """Peak of allocated bytes in every kind of segment."""
         live, sizes = 0, []
@@ -89,10 +94,9 @@ class StepTrace:
         if self.layers != TRACED_LAYERS:
             return f"recorded at {self.layers} layers, not {TRACED_LAYERS}"
         sizes = {segment.key: [event for event in segment.events if event > 0] for segment in self.segments}
-        for kind, index, layer in sizes:
+        for (kind, index, layer), middle in sizes.items():
             if layer != _MIDDLE:
                 continue
-            middle = sizes[kind, index, layer]
             for other in (layer - 1, layer + 1):
                 if sizes.get((kind, index, other)) != middle:
                     return f"layers {layer} and {other} differ in {kind}"
@@ -203,5 +207,4 @@ class _Unroller:
             targets = list(range(_MIDDLE, self._layers - (TRACED_LAYERS - 1 - _MIDDLE)))
         else:  # a neighbour of the middle layer frees that of the copy next to it
             targets = [_MIDDLE if traced_layer < _MIDDLE else self._layers - TRACED_LAYERS + _MIDDLE]
-        found = [self._new_numbers.get(((kind, index, target), number)) for target in targets]
-        return [number for number in found if number is not None]
+        return [self._new_numbers[(kind, index, target), number] for target in targets]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import ceil
 
 from laras.config import RunConfig
@@ -82,7 +83,7 @@ def _attended(stats: LengthStats) -> float:
     edges, counts = stats.histogram_edges, stats.histogram_counts
     if not counts:
         return stats.mean
-    middles = [(low + high) / 2 for low, high in zip(edges, edges[1:], strict=False)]
+    middles = [(low + high) / 2 for low, high in pairwise(edges)]
     tokens = sum(middle * count for middle, count in zip(middles, counts, strict=False))
     squares = sum(middle * middle * count for middle, count in zip(middles, counts, strict=False))
     return squares / tokens if tokens else stats.mean
