@@ -30,7 +30,7 @@ from laras.training.drift import check_resume, identity_of
 from laras.training.numbers import Stopping
 from laras.training.signals import StopRequest, stop_on_signals
 from laras.training.state import STATE_FILES, Counters, load_weights, read_state, write_model
-from laras.training.trackers import build_trackers
+from laras.training.trackers import Trackers, build_trackers
 from laras.training.trainer import LarasTrainer
 
 
@@ -85,20 +85,20 @@ def run_training(
     with stop_on_signals() as stop:
         run = _Run(config, plan, tokenizer, run_dir, observer)
         first_step = _step_of(resume_from)
-        trackers = build_trackers(config, run_dir, first_step, observer)
         trainer = run.build_trainer(
             model=model, rows=rows, validation_rows=validation_rows, counters=counters, identity=identity, stop=stop,
             make_step=make_step,
         )  # fmt: skip
+        trackers = Trackers([], observer)
+        if trainer.is_world_process_zero():
+            trackers = build_trackers(config, run_dir, first_step, observer)
         for callback in (MetricsLog(run_dir, observer), trackers, *callbacks):
             trainer.add_callback(callback)
-        if trainer.is_world_process_zero():
-            trackers.start()
+        trackers.start()
         try:
             return run.train(trainer, stop, resume_from, plan.hardware.kind == "cuda" if rehearse is None else rehearse)
         finally:
-            if trainer.is_world_process_zero():
-                trackers.finish()
+            trackers.finish()
 
 
 class _Run:

@@ -9,17 +9,21 @@ from __future__ import annotations
 
 import json
 import math
+import netrc
 import os
 import queue
 import secrets
-import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import urlopen
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -31,6 +35,7 @@ START_LIMIT_S = 10.0
 END_LIMIT_S = 10.0
 _PROBE_S = 3.0
 _WANDB_INIT_S = 5.0
+_NOWHERE = "http://127.0.0.1:9"  # the discard port: refused at once
 _QUEUE_LENGTH = 10_000  # metrics lines that a slow tracker may lag behind
 _IDS_NAME = "trackers.json"
 
@@ -91,12 +96,13 @@ class Wandb:
         """Joins or begins the run."""
         import wandb
 
-        reason = self._why_offline(wandb)
+        reason = self._why_offline()
         if reason is None:
             try:
                 self._run = self._init(wandb, "online")
             except Exception as error:  # noqa: BLE001 - whatever the client raises, offline is the answer
                 reason = _first_line(error)
+                self._id += "-offline"  # the client holds on to the id
         if reason is not None:
             self._run = self._init(wandb, "offline")
             return f"wandb: offline ({reason}); `wandb sync` sends it later"
@@ -109,22 +115,28 @@ class Wandb:
             init_timeout=_WANDB_INIT_S, login_timeout=1, silent=True, console="off", x_disable_stats=True,
             disable_git=True, disable_code=True, x_save_requirements=False,
         )  # fmt: skip
+        if mode == "offline":
+            settings.base_url = _NOWHERE  # the client asks its server even then, and waits when the process ends
+            wandb.setup(settings=wandb.Settings(mode="offline", base_url=_NOWHERE))
         return wandb.init(
             project=os.environ.get("WANDB_PROJECT", "laras"), id=self._id, name=self._run_name, resume="allow",
             dir=str(folder), config=dict(self._config), mode=mode, settings=settings, reinit="create_new",
         )  # fmt: skip
 
-    def _why_offline(self, wandb: Any) -> str | None:
+    def _why_offline(self) -> str | None:
         if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
             return f"WANDB_MODE={os.environ['WANDB_MODE']}"
-        if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+        address = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")
+        host = urlsplit(address).hostname or ""
+        if not (os.environ.get("WANDB_API_KEY") or _has_netrc(host)):
             return "not logged in"
-        address = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
-        port = address.port or (443 if address.scheme == "https" else 80)
+        # The client itself would try for minutes, and again when the process ends.
         try:
-            socket.create_connection((address.hostname or "", port), timeout=_PROBE_S).close()
-        except OSError as error:
-            return f"{address.hostname} cannot be reached: {error}"
+            urlopen(address, timeout=_PROBE_S).close()
+        except HTTPError:
+            return None  # an answer, whatever it says
+        except (OSError, ValueError) as error:
+            return f"{host} cannot be reached: {getattr(error, 'reason', error)}"
         return None
 
     def log(self, metrics: Metrics, step: int) -> None:
@@ -133,7 +145,7 @@ class Wandb:
 
     def finish(self) -> None:
         """Sends the rest."""
-        self._run.finish(quiet=True)
+        self._run.finish()
 
 
 class Trackio:
@@ -151,7 +163,7 @@ class Trackio:
 
         self._run = trackio.init(
             project=os.environ.get("TRACKIO_PROJECT", "laras"), name=self._run_name, config=dict(self._config),
-            resume="allow", embed=False,
+            resume="allow", embed=False, auto_log_gpu=False, auto_log_cpu=False,
         )  # fmt: skip
         return None
 
@@ -182,7 +194,8 @@ class Trackers(TrainerCallback):
         for worker in self._workers:
             worker.thread.start()
         for worker in self._workers:
-            worker.ready.wait(max(0.0, START_LIMIT_S - (time.monotonic() - started)))
+            with redirect_stdout(sys.stderr):  # standard output is for data; some clients print
+                worker.ready.wait(max(0.0, START_LIMIT_S - (time.monotonic() - started)))
             if not worker.ready.is_set():
                 worker.abandon(f"did not start within {START_LIMIT_S:.0f} s")
             if worker.announcement:
@@ -214,7 +227,8 @@ class Trackers(TrainerCallback):
         for worker in self._workers:
             worker.put(None, 0)
         for worker in self._workers:
-            worker.thread.join(max(0.0, END_LIMIT_S - (time.monotonic() - started)))
+            with redirect_stdout(sys.stderr):
+                worker.thread.join(max(0.0, END_LIMIT_S - (time.monotonic() - started)))
             if worker.thread.is_alive() and worker.works:
                 worker.abandon(f"did not finish within {END_LIMIT_S:.0f} s; its last metrics may be missing there")
             self._announce(worker)
@@ -304,6 +318,14 @@ def _run_id(run_dir: Path, name: str) -> str:
         except OSError:
             pass  # a full disk; the id holds for this session
     return str(ids[name])
+
+
+def _has_netrc(host: str) -> bool:
+    """Whether `wandb login` has left a key for the host."""
+    try:
+        return netrc.netrc(os.environ.get("NETRC")).authenticators(host) is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def _first_line(error: BaseException) -> str:
