@@ -34,6 +34,9 @@ MaskSource = Literal["generation-markers", "derived", "boundary", "all-tokens"]
 
 CHAT_FORMATS: tuple[Format, ...] = ("messages", "sharegpt", "alpaca")
 _MOST_SKELETONS = 10_000
+# What a template's own expressions may raise. The sandbox keeps it from Python's objects and from long ranges, not from
+# taking long: loops in loops end when the user ends them.
+_PROGRAM_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _TEMPLATE_HINT = "name a Jinja file that does with `chat_template: file.jinja`"
@@ -150,9 +153,11 @@ class Renderer:
             return _Draft(text, None)
         except UnverifiedSpanError as error:
             return RenderProblem(str(error))
-        # A template is a program: besides raising on purpose it may add None to text, or ask for a missing key.
-        except (TemplateError, TypeError) as error:
-            return RenderProblem(f"the chat template refuses the conversation: {error}")
+        # A template is a program: besides raising on purpose it may add None to text, ask for a missing key, divide
+        # by zero, or call itself without end.
+        except (TemplateError, *_PROGRAM_ERRORS) as error:
+            detail = str(error) or type(error).__name__
+            return RenderProblem(f"the chat template refuses the conversation: {detail}")
 
     def _derived_spans(self, text: str, messages: Sequence[Message]) -> list[Span]:
         """From what the template writes around any contents of these roles, else from this conversation alone."""
@@ -171,7 +176,7 @@ class Renderer:
 
         try:
             return build_skeleton(roles, self._render_part, self._special)
-        except (TemplateError, TypeError):
+        except (TemplateError, *_PROGRAM_ERRORS):
             return None  # the template asks for something that made-up contents do not have
 
     def _render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> tuple[str, list[Span]]:
@@ -268,6 +273,11 @@ def build_renderer(
             hint="name a Jinja file with `chat_template: file.jinja`, or use the template of the model's chat version",
         )
     template = chat_template if chat_template is not None else tokenizer.get_chat_template()
+    if not isinstance(template, str):
+        raise DataError(
+            f"the chat template is a {type(template).__name__}, not a text",
+            hint="name a Jinja file with `chat_template: file.jinja`",
+        )
     renderer = Renderer(tokenizer, _chat_mask_source(template, completion_only_loss), template)
     _verify_template(renderer)
     return renderer

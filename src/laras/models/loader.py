@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,6 +22,8 @@ from laras.errors import ConfigError, MissingExtraError
 from laras.models.builtin import resolve_model, resolve_tokenizer
 from laras.models.precision import torch_dtype
 from laras.records import Precision
+
+_MAX_NAME_BYTES = 255  # of one part of a path, on every common file system
 
 
 def load_tokenizer(
@@ -44,17 +47,23 @@ def load_tokenizer(
     place = _place(resolve_tokenizer(source))
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a damaged file surfaces as whatever the first reader of it trips over
         raise _unloadable(source, "tokenizer", error) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if chat_template is not None:
         path = Path(chat_template).expanduser()
-        if not path.is_file():
+        try:
+            tokenizer.chat_template = path.read_text(encoding="utf-8") if path.is_file() else None
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"chat_template {str(chat_template)!r:.200} cannot be read: {error!s:.200}",
+                hint="give the path of a Jinja file in UTF-8",
+            ) from None
+        if tokenizer.chat_template is None:
             raise ConfigError(
                 f"chat_template {str(chat_template)!r} is not a file", hint="give the path of a Jinja file"
             )
-        tokenizer.chat_template = path.read_text(encoding="utf-8")
     return tokenizer
 
 
@@ -68,7 +77,7 @@ def load_model_config(source: str, *, revision: str | None = None, trust_remote_
     place = _place(resolve_tokenizer(source))
     try:
         config = AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         raise _unloadable(source, "model", error) from error
     _require_causal_lm(source, config, trust_remote_code)
     return config  # type: ignore[no-any-return]
@@ -106,7 +115,7 @@ def load_model(
     config = load_model_config(source, revision=revision, trust_remote_code=trust_remote_code)
     quantization = _quantization(precision, load_in_4bit, load_in_8bit)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(  # the model and what was missing
             _place(resolve_model(source)),
             config=config,
             revision=revision,
@@ -115,11 +124,20 @@ def load_model(
             attn_implementation=attention,
             device_map={"": device},
             use_safetensors=True,
+            output_loading_info=True,
             **({"quantization_config": quantization} if quantization else {}),
         )
-    except (OSError, ValueError) as error:
+    except (torch.OutOfMemoryError, MissingExtraError):
+        raise
+    except Exception as error:
         raise _unloadable(source, "model", error) from error
-    return model
+    model, found = loaded
+    if missing := sorted(found["missing_keys"]):  # transformers would fill them with random numbers
+        raise ConfigError(
+            f"the weights of model_name_or_path {source!r} lack {len(missing)} tensors, such as {missing[0]}",
+            hint="download the model again; its safetensors files do not fit its config.json",
+        )
+    return model  # type: ignore[no-any-return]
 
 
 def _quantization(precision: Precision, load_in_4bit: bool, load_in_8bit: bool) -> BitsAndBytesConfig | None:
@@ -142,6 +160,11 @@ def _quantization(precision: Precision, load_in_4bit: bool, load_in_8bit: bool) 
 def _place(source: str) -> str:
     """The source with `~` expanded; a path that does not exist is refused before it is taken for a Hub id."""
     path = Path(source).expanduser()
+    if any(len(part.encode("utf-8", "replace")) > _MAX_NAME_BYTES for part in path.parts):
+        raise ConfigError(
+            f"model_name_or_path {source!r:.100} has a part of more than {_MAX_NAME_BYTES} bytes",
+            hint="give a folder that has a config.json, or a Hub id",
+        )
     if path.is_dir():
         return str(path)
     # A Hub id is `name` or `owner/name`, so anything else was meant as a path.
@@ -181,6 +204,8 @@ def _unloadable(source: str, what: str, error: Exception) -> ConfigError:
             hint="read that code, then set `trust_remote_code: true`",
         )
     first_line = text.strip().partition("\n")[0]
+    if not isinstance(error, OSError | ValueError):
+        first_line = f"{type(error).__name__}: {first_line}"
     return ConfigError(
         f"the {what} of model_name_or_path {source!r} cannot be loaded: {first_line}",
         hint="check the name, the network and access rights on the Hub; weights must be safetensors",

@@ -28,6 +28,8 @@ _KV_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _INTERMEDIATE_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
 _EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+_MAX_LAYERS, _MAX_SIZE = 10_000, 2**31 - 1
+_MAX_NAME_BYTES = 255  # of one part of a path, on every common file system
 _CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 _NOT_CAUSAL = frozenset(
     [
@@ -139,7 +141,7 @@ def read_model_config(source: str | Path, *, revision: str | None = None) -> dic
     path = _config_path(str(source), revision)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read {path} as JSON: {error}", hint="name a model's config.json") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{path} holds a {type(config).__name__}, not an object", hint="name a model's config.json")
@@ -157,6 +159,7 @@ def model_spec_from_config(config: Mapping[str, Any], source: str) -> ModelSpec:
     family = family_of(model_type)
     sizes = {name: _first(text, keys) for name, keys in _KEYS.items()}
     missing = [f"{' / '.join(_KEYS[name])} is missing or not a positive number" for name, n in sizes.items() if not n]
+    missing += [f"{key} is {_number(value)}; the limit is {limit:,}" for key, value, limit in _oversized(text)]
     if missing:
         raise ConfigError(
             f"the configuration of {source} ({model_type}) lacks sizes",
@@ -187,7 +190,7 @@ def model_spec_from_config(config: Mapping[str, Any], source: str) -> ModelSpec:
     return ModelSpec(
         source=source,
         model_type=model_type,
-        architecture=next(iter(config.get("architectures") or ()), model_type),
+        architecture=str(next(iter(config.get("architectures") or ()), model_type)),
         layers=layers,
         hidden_size=hidden,
         intermediate_size=expert_width if experts else intermediate,
@@ -235,6 +238,8 @@ def _small_per_layer(
 
 def _config_path(source: str, revision: str | None) -> Path:
     path = Path(source).expanduser()
+    if any(len(part.encode("utf-8", "replace")) > _MAX_NAME_BYTES for part in path.parts):
+        raise ConfigError(f"no model at {source:.100}…", hint="name a folder, a config.json, or a Hub id")
     if path.is_dir():
         path = path / "config.json"
         if not path.is_file():
@@ -262,9 +267,13 @@ def _config_path(source: str, revision: str | None) -> Path:
 
 def _text_config(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     """The language part of the configuration, checked to be a causal language model's."""
-    if not config.get("model_type"):
+    if not config.get("model_type") or not isinstance(config["model_type"], str):
         raise ConfigError(
             f"the configuration of {source} has no model_type", hint="name the config.json that transformers saved"
+        )
+    if not isinstance(config.get("architectures") or [], list):
+        raise ConfigError(
+            f"`architectures` in the configuration of {source} is no list", hint="restore the model's config.json"
         )
     names = [str(name) for name in config.get("architectures") or ()]
     refused = config.get("is_encoder_decoder") or config["model_type"] in _NOT_CAUSAL
@@ -277,6 +286,19 @@ def _text_config(config: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     if not isinstance(nested, Mapping):
         return config
     return {"model_type": f"{config['model_type']}_text", **nested}
+
+
+def _oversized(config: Mapping[str, Any]) -> list[tuple[str, int, int]]:
+    """Sizes beyond those of any model, with their limit: a plan for them would compute for ever."""
+    limits = dict.fromkeys(_KEYS["layers"], _MAX_LAYERS) | dict.fromkeys(_EXPERT_KEYS, _MAX_LAYERS)
+    sized = (*_KEYS["hidden"], *_KEYS["heads"], *_KEYS["vocab"], *_KV_KEYS, *_INTERMEDIATE_KEYS)
+    limits |= dict.fromkeys((*sized, *_POSITION_KEYS, "head_dim", "moe_intermediate_size"), _MAX_SIZE)
+    values = ((key, config.get(key), limit) for key, limit in limits.items())
+    return [(key, value, limit) for key, value, limit in values if isinstance(value, int) and value > limit]
+
+
+def _number(value: int) -> str:
+    return f"{value:,}" if value < 10**18 else f"a number of {value.bit_length():,} bits"
 
 
 def _first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int:
