@@ -3,6 +3,7 @@
 import pytest
 
 from laras.config import RunConfig
+from laras.errors import ConfigError
 from laras.planning.architecture import model_spec_from_config
 from laras.planning.catalogue import find_gpu
 from laras.planning.hardware import cpu_hardware
@@ -26,7 +27,8 @@ def test_the_plan_is_the_fastest_that_fits(gpu):
     result = plan(gpu)
     assert result.fits
     assert result.memory.train_peak_reserved_bytes <= result.memory.device_budget_bytes
-    assert all(a.tokens_per_s <= result.time.tokens_per_s for a in result.alternatives if a.fits)
+    same_weights = [a for a in result.alternatives if a.load_in_4bit == result.choices.load_in_4bit]
+    assert all(a.tokens_per_s <= result.time.tokens_per_s for a in same_weights if a.fits)
     assert result.choices.per_device_train_batch_size * result.choices.gradient_accumulation_steps == 16
 
 
@@ -59,12 +61,49 @@ def test_forced_values_are_respected():
     assert plan(gradient_accumulation_steps=4).choices.per_device_train_batch_size == 4
 
 
-def test_what_cannot_fit_says_what_would():
-    result = plan("t4", finetuning_type="full", gradient_checkpointing=False)
+def test_remedies_of_what_cannot_fit_do_fit():
+    small = {"per_device_train_batch_size": 1}
+    result = plan("t4", load_in_4bit=False, **small)
     assert not result.fits
-    assert {"max_length: 512", "finetuning_type: lora", "gradient_checkpointing: auto"} <= set(result.remedies)
-    assert "load_in_4bit: auto" in plan("t4", load_in_4bit=False).remedies
     assert result.warnings
+    assert "load_in_4bit: true fits" in result.remedies
+    assert plan("t4", load_in_4bit=True, **small).fits
+    card = next(text for text in result.remedies if text.endswith("GB) fits"))
+    assert plan(card.split(" (")[0], load_in_4bit=False, **small).fits
+    assert "finetuning_type: lora fits" in plan("t4", finetuning_type="full").remedies
+
+
+def test_full_precision_comes_before_speed():
+    assert not plan("a100 40gb").choices.load_in_4bit
+    assert plan("t4").choices.load_in_4bit
+
+
+def test_packing_keeps_the_tokens_of_an_optimizer_step():
+    choices = plan("h100").choices
+    assert choices.packing
+    tokens = choices.per_device_train_batch_size * choices.gradient_accumulation_steps * choices.max_length
+    assert abs(tokens / (16 * 1024) - 1) <= 0.05
+    assert plan("t4").choices.packing is False
+    assert plan("t4").reasons["packing"].startswith("off: ")
+
+
+def test_full_fine_tuning_pages_its_states_only_when_exact_ones_do_not_fit():
+    small, large = spec_of(1024, 8), spec_of(4096, 32)
+    assert plan("h100", spec=small, finetuning_type="full").choices.optim == "adamw_torch_fused"
+    paged = plan("h100", spec=large, finetuning_type="full")
+    assert paged.choices.optim == "paged_adamw_8bit"
+    assert "do not fit" in paged.reasons["optim"]
+
+
+def test_a_model_that_cannot_be_simulated_is_planned_by_the_closed_form_with_a_margin():
+    def cannot(*_):
+        raise ConfigError("m cannot be simulated: no meta kernel")
+
+    config = RunConfig(max_length=1024, model_name_or_path="m")
+    result = plan_training(config, None, None, spec_of(), find_gpu("l4").to_hardware(), cannot)
+    assert result.memory.method == "closed-form"
+    assert "cannot be simulated" in result.warnings[0]
+    assert result.memory.train_peak_reserved_bytes <= 0.9 * result.memory.device_budget_bytes
 
 
 def test_a_cpu_trains_in_fp32_without_packing_or_4bit():

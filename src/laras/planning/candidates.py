@@ -30,8 +30,8 @@ PLAIN_HEAD_TYPES = frozenset(
 LOSS_CHUNK_TOKENS = 1024
 _VARLEN_CAPABILITY, _VARLEN_CHANNELS = (8, 0), 256
 _BIN_FILL = 0.98  # share of a packed bin's slots that hold tokens
-# Largest share by which packing may change the tokens of an optimizer step.
-_EFFECTIVE_SLACK = 0.15
+# Largest shares by which packing may change the tokens of an optimizer step: wanted, and at all.
+_EFFECTIVE_SLACKS = (0.05, 0.15)
 _EVAL_BATCHES = (16, 8, 4, 2, 1)
 _RANKS = ((0.75e9, 8), (4e9, 16), (float("inf"), 32))
 
@@ -207,7 +207,7 @@ def _evaluated(
 def _rate(spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, work: Workload, packing: bool) -> float:
     """Useful tokens a second."""
     if packing:
-        useful = _BIN_FILL * case.micro_batch * case.length_tokens
+        useful = bin_fill(work) * case.micro_batch * case.length_tokens
         step_s = estimate_step_s(
             spec, case, hardware, attended_tokens=work.attended_tokens, target_share=work.target_share
         )
@@ -236,14 +236,27 @@ def _batches(config: RunConfig, work: Workload, packing: bool) -> Iterator[tuple
 
 
 def _packed_batches(config: RunConfig, work: Workload) -> Iterator[tuple[int, int]]:
-    most = max(1, int(work.step_tokens * (1 + _EFFECTIVE_SLACK) / (_BIN_FILL * work.length_tokens)))
+    """Bins and accumulation that keep the tokens of an optimizer step, as nearly as there are any."""
+    bin_tokens = bin_fill(work) * work.length_tokens
+    most = max(1, int(work.step_tokens * (1 + _EFFECTIVE_SLACKS[-1]) / bin_tokens))
+    found: list[tuple[float, int, int]] = []
     for micro in _given(config.per_device_train_batch_size, list(range(1, most + 1))):
-        useful = _BIN_FILL * micro * work.length_tokens
-        accumulation = max(1, round(work.step_tokens / useful))
-        accumulation = _given(config.gradient_accumulation_steps, [accumulation])[0]
-        forced = "auto" not in (config.per_device_train_batch_size, config.gradient_accumulation_steps)
-        if forced or abs(accumulation * useful / work.step_tokens - 1) <= _EFFECTIVE_SLACK:
-            yield micro, accumulation
+        nearest = max(1, round(work.step_tokens / (micro * bin_tokens)))
+        accumulation = _given(config.gradient_accumulation_steps, [nearest])[0]
+        found.append((abs(accumulation * micro * bin_tokens / work.step_tokens - 1), micro, accumulation))
+    if "auto" not in (config.per_device_train_batch_size, config.gradient_accumulation_steps):
+        yield from ((micro, accumulation) for _, micro, accumulation in found)
+        return
+    for slack in _EFFECTIVE_SLACKS:
+        near = [(micro, accumulation) for off, micro, accumulation in found if off <= slack]
+        if near:
+            yield from near
+            return
+
+
+def bin_fill(work: Workload) -> float:
+    """Share of a packed bin's slots that hold tokens; examples that all fill their slots leave none."""
+    return _BIN_FILL if work.stats is not None else 1.0
 
 
 def _weights(config: RunConfig, hardware: HardwareSpec, precision: Precision) -> list[Weights]:

@@ -14,6 +14,7 @@ from laras.errors import LarasError
 from laras.planning.candidates import (
     LOSS_CHUNK_TOKENS,
     Candidate,
+    bin_fill,
     candidates,
     device_budget_bytes,
     fused_possible,
@@ -172,7 +173,7 @@ def _steps(config: RunConfig, work: Workload, best: Candidate) -> int:
     if not work.rows:
         return max(1, ceil(config.num_train_epochs))
     if best.packing:
-        bins = ceil(work.rows * work.mean_tokens / (0.98 * best.case.micro_batch * work.length_tokens))
+        bins = ceil(work.rows * work.mean_tokens / (bin_fill(work) * best.case.micro_batch * work.length_tokens))
         return max(1, ceil(ceil(bins / best.accumulation) * config.num_train_epochs))
     return max(1, ceil(ceil(work.rows / config.effective_batch_size) * config.num_train_epochs))
 

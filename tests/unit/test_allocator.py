@@ -1,0 +1,65 @@
+"""The allocator's rules, one by one, and that a step fits a capacity when PyTorch would make it fit."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from laras.planning.allocator import CachingAllocator, CapacityExceeded, block_bytes, replay
+
+MIB = 2**20
+
+
+def test_requests_are_rounded_to_512_bytes():
+    assert [block_bytes(size) for size in (1, 512, 513)] == [512, 512, 1024]
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "segment"),
+    [(1, 2 * MIB), (MIB, 2 * MIB), (MIB + 1, 20 * MIB), (10 * MIB, 10 * MIB), (11 * MIB, 12 * MIB)],
+)
+def test_a_request_takes_the_segment_that_pytorch_takes(request_bytes, segment):
+    allocator = CachingAllocator()
+    allocator.malloc(request_bytes)
+    assert allocator.reserved_bytes == segment
+
+
+def test_a_large_block_keeps_a_rest_of_at_most_one_mebibyte():
+    assert replay([11 * MIB + 1]).peak_allocated_bytes == 12 * MIB
+    allocator = CachingAllocator()
+    allocator.malloc(10 * MIB + 1)
+    assert allocator.allocated_bytes == 10 * MIB + 512  # 12 MiB reserved, the rest is split off
+
+
+def test_freed_neighbours_are_joined_and_used_again():
+    allocator = CachingAllocator()
+    addresses = [allocator.malloc(5 * MIB) for _ in range(4)]
+    for address in addresses:
+        allocator.free(address)
+    allocator.malloc(20 * MIB)
+    assert allocator.reserved_bytes == 20 * MIB
+
+
+def test_unused_segments_are_returned_before_a_request_fails():
+    events = [60 * MIB, -1, 80 * MIB]
+    assert replay(events).peak_reserved_bytes == 140 * MIB
+    tight = replay(events, 100 * MIB)
+    assert (tight.fits, tight.retries, tight.peak_reserved_bytes) == (True, 1, 80 * MIB)
+    assert not replay([60 * MIB, 80 * MIB], 100 * MIB).fits
+
+
+def test_what_does_not_fit_is_named():
+    with pytest.raises(CapacityExceeded, match=str(30 * MIB)):
+        CachingAllocator(20 * MIB).malloc(30 * MIB)
+
+
+@given(st.lists(st.integers(1, 40 * MIB), min_size=1, max_size=60), st.randoms())
+def test_everything_freed_leaves_nothing_allocated_and_only_whole_segments(sizes, random):
+    allocator = CachingAllocator()
+    live = [allocator.malloc(size) for size in sizes]
+    assert allocator.allocated_bytes >= sum(sizes)
+    random.shuffle(live)
+    for address in live:
+        allocator.free(address)
+    assert allocator.allocated_bytes == 0
+    allocator.release_unused()
+    assert allocator.reserved_bytes == 0

@@ -1,0 +1,164 @@
+"""A simulated step is the real one: on every path, at every depth, and against live bytes on the CPU."""
+
+import gc
+import json
+
+import pytest
+import torch
+
+from laras.config import RunConfig
+from laras.errors import LarasError
+from laras.models.build import build_model
+from laras.models.heads import PLAIN_HEAD_TYPES as HEADS_OF_MODELS
+from laras.models.simulation import NotSimulated, trace_step
+from laras.models.step import eager_step
+from laras.planning import candidates
+from laras.planning.allocator import replay
+from laras.planning.architecture import model_spec_from_config
+from laras.planning.catalogue import find_gpu
+from laras.planning.memory import MemoryCase, estimate_memory
+from laras.planning.trace import StepTrace
+from laras.progress import Observer
+from laras.records import PlanChoices
+
+H100 = find_gpu("h100").to_hardware()
+MIB = 2**20
+SIZES = {
+    "hidden_size": 256, "num_hidden_layers": 8, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 512, "vocab_size": 4096, "max_position_embeddings": 4096, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def shape(model_type, **keys):
+    return {"model_type": model_type, **SIZES, **keys}
+
+
+def choices(**keys):
+    defaults = {
+        "per_device_train_batch_size": 4, "per_device_eval_batch_size": 2, "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": False, "packing": False, "max_length": 512, "finetuning_type": "lora",
+        "load_in_4bit": False, "load_in_8bit": False, "precision": "bf16", "optim": "adamw_torch_fused",
+        "backend": "transformers", "attention": "sdpa", "loss_kind": "chunked", "lora_r": 8, "lora_alpha": 16.0,
+        "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "target_modules": ("all-linear",),
+        "trainable_parameters": 1, "total_parameters": 1, "learning_rate": 1e-4, "eval_steps": 1, "save_steps": 1,
+        "logging_steps": 1,
+    }  # fmt: skip
+    return PlanChoices(**{**defaults, **keys})
+
+
+@pytest.fixture
+def simulate(tmp_path):
+    def run(values, layers=None, **keys):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        return trace_step(
+            RunConfig(model_name_or_path=str(tmp_path)), choices(**keys), layers or SIZES["num_hidden_layers"], H100
+        )
+
+    return run
+
+
+def peak(trace):
+    return max(size for kind, size in trace.unroll(SIZES["num_hidden_layers"]).peaks().items() if kind != "evaluation")
+
+
+PATHS = {
+    "fused": ("llama", {}),
+    "fused, selective, accumulated": (
+        "qwen2", {"gradient_checkpointing": True, "checkpoint_kind": "selective", "gradient_accumulation_steps": 4}
+    ),
+    "packed": ("llama", {"packing": True, "attention": "varlen"}),
+    "plain, checkpointing": ("llama", {"fused_layers": False, "gradient_checkpointing": True}),
+    "gpt_neox, dropout": ("gpt_neox", {"lora_dropout": 0.1, "loss_kind": "full"}),
+    "gemma2, DoRA": ("gemma2", {"use_dora": True, "loss_kind": "full"}),
+    "full fine-tuning": ("llama", {"finetuning_type": "full", "loss_kind": "full", "optim": "adamw_torch"}),
+    "nf4": ("llama", {"load_in_4bit": True, "gradient_checkpointing": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_short_trace_unrolled_is_the_whole_depth_request_for_request(simulate, monkeypatch, name):
+    model_type, keys = PATHS[name]
+    short = simulate(shape(model_type), **keys)
+    assert short.layers == 5
+    monkeypatch.setattr("laras.models.simulation.TRACED_LAYERS", 99)
+    whole = simulate(shape(model_type), **keys)
+    assert whole.layers == SIZES["num_hidden_layers"]
+    unrolled, recorded = short.unroll(whole.layers), whole.unroll(whole.layers)
+    assert unrolled.peaks() == recorded.peaks()
+    assert replay(unrolled.events) == replay(recorded.events)
+
+
+def test_memory_grows_with_batch_length_and_rank(simulate):
+    base = peak(simulate(shape("llama")))
+    for more in ({"per_device_train_batch_size": 5}, {"max_length": 640}, {"lora_r": 16}):
+        assert peak(simulate(shape("llama"), **more)) > base
+
+
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_the_closed_form_agrees_on_fused_layers(simulate, kind):
+    on = kind != "none"
+    # Wide enough that what is left out (rounding, rotations) is small.
+    values = shape("llama", hidden_size=1024, intermediate_size=3072, vocab_size=32000)
+    trace = simulate(values, gradient_checkpointing=on, checkpoint_kind=kind)
+    case = MemoryCase(
+        4, 512, checkpointing=on, fused=True, checkpoint_kind=kind, lora_r=8, loss_kind="chunked",
+        loss_chunk_tokens=1024,
+    )  # fmt: skip
+    closed = estimate_memory(model_spec_from_config(values, "m"), case, H100, 1)
+    expected = peak(trace) + closed.components["workspace"]
+    assert closed.train_peak_allocated_bytes == pytest.approx(expected, rel=0.06)
+
+
+def test_what_a_simulated_model_holds_is_what_a_real_one_holds(simulate, tmp_path):
+    values = shape("llama", torch_dtype="float32")
+    trace = simulate(values, precision="fp32", fused_layers=False)
+    simulated = trace.unroll(8).peaks()["weights"]
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    model = build_model(
+        RunConfig(model_name_or_path=str(tmp_path)), choices(precision="fp32", fused_layers=False), "cpu", Observer()
+    )
+    tensors = {
+        t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]
+    }
+    assert simulated == pytest.approx(sum(tensors.values()), rel=0.002)
+    ids = torch.randint(1, 4096, (4, 64))
+    eager_step(model)({"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}, torch.ones(()))
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    peaks = trace.unroll(8).peaks()
+    assert peaks["states"] - peaks["weights"] == pytest.approx(2 * gradients, rel=0.1)
+    del model
+    gc.collect()
+
+
+def test_paged_states_leave_the_device(simulate):
+    full = {"finetuning_type": "full", "loss_kind": "full"}
+    exact = simulate(shape("llama"), **full).unroll(8).peaks()
+    paged = simulate(shape("llama"), **full, optim="paged_adamw_8bit").unroll(8).peaks()
+    assert paged["states"] - paged["weights"] < 0.02 * (exact["states"] - exact["weights"])
+
+
+def test_a_trace_survives_the_cache(simulate):
+    trace = simulate(shape("llama"))
+    assert StepTrace.from_json(json.loads(json.dumps(trace.to_json()))) == trace
+
+
+def test_a_model_that_cannot_be_simulated_says_so(simulate, monkeypatch):
+    with pytest.raises(LarasError, match="cannot be loaded"):
+        simulate({"model_type": "of-tomorrow", **SIZES})
+
+    def unknown_operation(*_):
+        raise NotImplementedError("aten::of_tomorrow has no meta kernel")
+
+    monkeypatch.setattr("torch.nn.functional.embedding", unknown_operation)
+    with pytest.raises(NotSimulated, match="of_tomorrow"):
+        simulate(shape("llama"))
+
+
+def test_what_planning_knows_of_the_paths_is_what_the_paths_say():
+    from laras.models.fused.model import FUSED_TYPES as FUSED_OF_MODELS
+    from laras.planning.fused_memory import FUSED_TYPES
+
+    assert FUSED_TYPES == FUSED_OF_MODELS
+    assert candidates.PLAIN_HEAD_TYPES == HEADS_OF_MODELS
