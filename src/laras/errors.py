@@ -56,12 +56,18 @@ class LarasError(Exception):
         self.problems = tuple(problems)
 
     def __str__(self) -> str:
-        lines = [self.message, *(f"  - {problem}" for problem in self.problems[:SHOWN_PROBLEMS])]
+        lines = [_printable(self.message)]
+        lines += [f"  - {_printable(problem)}" for problem in self.problems[:SHOWN_PROBLEMS]]
         if len(self.problems) > SHOWN_PROBLEMS:
             lines.append(f"  - … and {len(self.problems) - SHOWN_PROBLEMS:,} more")
         if self.hint:
-            lines.append(f"hint: {self.hint}")
+            lines.append(f"hint: {_printable(self.hint)}")
         return "\n".join(lines)
+
+
+def _printable(text: str) -> str:
+    """One line without control characters: names and values of strangers must not steer the terminal."""
+    return "".join(char if char >= " " and char != "\x7f" else repr(char)[1:-1] for char in text)
 
 
 class ConfigError(LarasError):
