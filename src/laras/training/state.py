@@ -162,7 +162,7 @@ def read_state(folder: Path) -> dict[str, Any]:
     try:
         values: dict[str, Any] = json.loads((folder / STATE_NAME).read_text(encoding="utf-8"))
         Counters.from_json(values["counters"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder.name}/{STATE_NAME} is not a state that this Laras knows: {error}",
             hint="resume with the version of Laras that wrote it, or start a new run",
