@@ -94,7 +94,11 @@ class RunDir:
         Raises:
             RunStateError: When this is no run, or its configuration no longer validates.
         """
-        if not self.config.is_file():
+        try:
+            found = self.config.is_file()
+        except OSError:  # a name longer than the file system takes
+            found = False
+        if not found:
             raise RunStateError(
                 f"{self.path} is not a run: it holds no {CONFIG_NAME}", hint="`laras runs` lists the runs"
             )
