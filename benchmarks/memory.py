@@ -376,7 +376,7 @@ def _measured(case: Case) -> dict[str, float]:
     }
     free, total = torch.cuda.mem_get_info()
     row["process_MiB"] = (total - free) / MIB
-    del batch
+    batch.clear()
     model.eval()
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad(), autocast:

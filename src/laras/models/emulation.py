@@ -1,4 +1,4 @@
-"""What only a GPU would do, done on meta tensors: its attention kernels, autocast, unpacking, and the optimizer's memory."""
+"""What only a GPU would do, done on meta tensors: attention kernels, autocast, unpacking, the optimizer's memory."""
 
 from __future__ import annotations
 
@@ -159,8 +159,8 @@ def autocast_like_cuda(precision: Precision) -> Iterator[None]:
     def high_norm(
         inputs: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
     ) -> Tensor:
-        parts = [None if one is None else one.float() for one in (weight, bias)]
-        return layer_norm(inputs.float(), shape, *parts, eps=eps)
+        wide_weight, wide_bias = (None if one is None else one.float() for one in (weight, bias))
+        return layer_norm(inputs.float(), shape, wide_weight, wide_bias, eps)
 
     def high_power(inputs: Any, exponent: Any) -> Tensor:
         return power(inputs.float() if isinstance(inputs, Tensor) else inputs, exponent)

@@ -40,29 +40,29 @@ def _nf4(linear: nn.Linear, compute_dtype: torch.dtype) -> nn.Module:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    count, on_meta = linear.weight.numel(), {"device": "meta"}
+    count = linear.weight.numel()
     blocks = -(-count // _BLOCK)
     nested = QuantState(
-        absmax=torch.empty(-(-blocks // _NESTED_BLOCK), dtype=torch.float32, **on_meta),
+        absmax=torch.empty(-(-blocks // _NESTED_BLOCK), dtype=torch.float32, device="meta"),
         blocksize=_NESTED_BLOCK,
-        code=torch.empty(256, **on_meta),
+        code=torch.empty(256, device="meta"),
         dtype=torch.float32,
     )
     state = QuantState(
-        absmax=torch.empty(blocks, dtype=torch.uint8, **on_meta),
+        absmax=torch.empty(blocks, dtype=torch.uint8, device="meta"),
         shape=linear.weight.shape,
-        code=torch.empty(16, **on_meta),
+        code=torch.empty(16, device="meta"),
         blocksize=_BLOCK,
         quant_type="nf4",
         dtype=compute_dtype,
-        offset=torch.empty((), **on_meta),
+        offset=torch.empty((), device="meta"),
         state2=nested,
     )
     with torch.device("meta"):
         layer = Linear4bit(
             linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype, quant_type="nf4"
         )
-    packed = torch.empty((-(-count // 2), 1), dtype=torch.uint8, **on_meta)
+    packed = torch.empty((-(-count // 2), 1), dtype=torch.uint8, device="meta")
     layer.weight = Params4bit(
         packed, requires_grad=False, quant_state=state, blocksize=_BLOCK, quant_type="nf4", bnb_quantized=True
     )

@@ -21,7 +21,7 @@ from laras.planning.trace import Key, Segment, StepTrace
 _aten: Any = torch.ops.aten
 
 
-class Recorder(TorchDispatchMode):  # type: ignore[misc]
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Records allocations and frees, cut into the segments of a step.
 
     Args:
@@ -29,7 +29,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
     """
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._segments: list[tuple[Key, list[int]]] = []
         self._live: dict[int, tuple[Any, int]] = {}
         self._allocations = 0
@@ -72,7 +72,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         if key in self._live or nbytes == 0:
             return
         allocation = self.request(nbytes)
-        self._live[key] = (weakref.ref(storage, lambda _, key=key: self._died(key)), allocation)
+
+        def died(_: Any) -> None:
+            self._died(key)
+
+        self._live[key] = (weakref.ref(storage, died), allocation)
 
     def watch(self, forward: str, loss: str, backward: str | None, index: int = 0) -> None:
         """From now on, layers begin segments of these kinds."""
@@ -80,12 +84,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         self._kinds = (forward, loss, backward, index)
         last = len(self._layers) - 1
         for number, layer in enumerate(self._layers):
-            self._hooks.append(layer.register_forward_pre_hook(lambda *_, number=number: self.entered(number)))
-            self._hooks.append(
-                layer.register_forward_hook(
-                    lambda module, inputs, output, number=number: self.left(number, output, is_last=number == last)
-                )
-            )
+            self._hooks.append(layer.register_forward_pre_hook(self._entering(number)))
+            self._hooks.append(layer.register_forward_hook(self._leaving(number, number == last)))
 
     def stop_watching(self) -> None:
         """Layers begin no segments any more."""
@@ -112,9 +112,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
                 self._in_backward = True
                 self.begin(backward, index, number)
 
-            hidden.register_hook(grad_arrived)
+            hidden.register_hook(grad_arrived)  # type: ignore[no-untyped-call]
         if is_last:
             self.begin(loss, index)
+
+    def _entering(self, number: int) -> Callable[..., None]:
+        return lambda *_: self.entered(number)
+
+    def _leaving(self, number: int, is_last: bool) -> Callable[..., None]:
+        return lambda module, inputs, output: self.left(number, output, is_last=is_last)
 
     def trace(self, notes: tuple[str, ...] = ()) -> StepTrace:
         """What was recorded."""

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from laras.config import RunConfig
 from laras.errors import LarasError
 from laras.models.builtin import resolve_tokenizer
-from laras.models.quantized_meta import quantized_storages
 from laras.models.emulation import autocast_like_cuda, kernels_of, record_optimizer, record_states
+from laras.models.quantized_meta import quantized_storages
 from laras.models.recording import Recorder
 from laras.planning.trace import TRACED_LAYERS, StepTrace
 from laras.progress import Observer
@@ -64,7 +64,7 @@ def trace_step(
         return _record(config, choices, layers, hardware, documents)
     except LarasError:
         raise
-    except Exception as error:  # noqa: BLE001 - a model's own code can raise anything
+    except Exception as error:  # a model's own code can raise anything
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise NotSimulated(
             f"{config.model_name_or_path} cannot be simulated: {reason}", hint="the closed form is used instead"
@@ -150,8 +150,9 @@ def _write_shallow_config(source: str, revision: str | None, folder: Path, layer
     """A model folder with only a `config.json`, of fewer layers."""
     from laras.planning.architecture import read_model_config
 
-    values = copy.deepcopy(dict(read_model_config(resolve_tokenizer(source), revision=revision)))
-    text = values.get("text_config") if isinstance(values.get("text_config"), dict) else values
+    values: dict[str, Any] = copy.deepcopy(dict(read_model_config(resolve_tokenizer(source), revision=revision)))
+    nested = values.get("text_config")
+    text: dict[str, Any] = nested if isinstance(nested, dict) else values
     deep = next((text[key] for key in _LAYER_KEYS if isinstance(text.get(key), int)), layers)
     for key in _LAYER_KEYS:
         if key in text:
@@ -172,9 +173,11 @@ def _build(config: RunConfig, choices: PlanChoices) -> Any:
 def _decoder_layers(model: nn.Module, layers: int) -> list[nn.Module]:
     """The list of layers that repeats; the one with most parameters where several have that length."""
     found = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == layers]
-    if not found:
-        return []
-    return list(max(found, key=lambda part: sum(p.numel() for p in part.parameters())))
+
+    def size(part: Any) -> int:
+        return sum(int(parameter.numel()) for parameter in part.parameters())
+
+    return list(max(found, key=size)) if found else []
 
 
 def _trained(model: nn.Module, owner: Mapping[int, int]) -> list[tuple[int, nn.Parameter]]:
@@ -214,10 +217,10 @@ def _record_static(recorder: Recorder, model: nn.Module, owner: Mapping[int, int
     shared = [group.storage.untyped_storage()._cdata for _, group in groups]
     for number, group in groups:
         is_shared = shared.count(group.storage.untyped_storage()._cdata) > 1
-        for tensor in (group.storage, group.bias, getattr(group, "_factors", None)):
-            if tensor is not None:
-                recorder.begin("weights", 1, -1 if is_shared and tensor is group.storage else number)
-                recorder.track(tensor)
+        for held in (group.storage, group.bias, getattr(group, "_factors", None)):
+            if held is not None:
+                recorder.begin("weights", 1, -1 if is_shared and held is group.storage else number)
+                recorder.track(held)
         for taken in loaded.get(id(group.storage.untyped_storage()), ()):
             recorder.give_back(taken)
 

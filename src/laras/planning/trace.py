@@ -1,8 +1,8 @@
 """The requests for memory of one training step, recorded at a small depth and unrolled to the model's.
 
 A step is recorded with few decoder layers, cut into segments: what lives before it, each layer's forward, the loss,
-each layer's backward, and the end. A decoder repeats itself, so the segments of a middle layer stand for all middle layers:
-unrolled, the trace is request for request what the whole depth would have made, for a fraction of the work.
+each layer's backward, and the end. A decoder repeats itself, so the segments of a middle layer stand for all middle
+ones: unrolled, the trace is request for request what the whole depth would have made, for a fraction of the work.
 """
 
 from __future__ import annotations
