@@ -4,8 +4,8 @@ Blocks of one page run in order in a folder of their own. They are changed as li
 
 - the model is a tiny one, in place of the Hub's and of the built-in one, and `builtin:stdlib` is a small file;
 - RUN is a finished run (the newest of the page, else a shared one), INTERRUPTED one that was stopped;
-- `laras` lines run in this process, which loads the libraries once; training ends after three steps, answers after
-  eight tokens (ADDED).
+- `laras` lines run in this process, which loads the libraries once;
+- configurations get the keys of QUICK, and answers are short (ADDED).
 
 A block whose first line is `# not run in tests: REASON` is left out; of a README it is the lines named in LEFT_OUT.
 """
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import laras
@@ -38,7 +39,8 @@ WORDS = ["sea", "sun", "tree", "salt", "rain", "road", "bird", "snow", "lamp", "
 HUB_MODELS = ("Qwen/Qwen2.5-1.5B-Instruct",)
 NOT_RUN = "# not run in tests: "
 LEFT_OUT = {"make ": "creates a virtual environment from the network"}
-ADDED = {"train": ["max_steps=3"], "chat": ["--max-new-tokens", "8"], "test": ["--answers", "1"]}
+QUICK = "max_steps: 3\nper_device_train_batch_size: 8\n"
+ADDED = {"chat": ["--max-new-tokens", "8"], "test": ["--answers", "1"]}
 GENERATED = {"reference/config.md", "reference/cli.md"}
 _FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
@@ -110,19 +112,22 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     model = base_model("llama", folder / "model")
     write_data(folder)
     settings: dict[str, Any] = {"model_name_or_path": str(model), "dataset": str(folder / "chats.jsonl")}
-    settings |= {"output_dir": str(folder / "runs"), "num_train_epochs": 1, "effective_batch_size": 8, "report_to": []}
+    settings |= {"output_dir": str(folder / "runs"), "report_to": [], "max_steps": 3, "per_device_train_batch_size": 8}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny matrices
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         finished = laras.train(settings, run_name="finished").run_dir
         with pytest.raises(TrainingInterrupted):
             laras.train(settings, run_name="interrupted", observer=_StopAfter())
         yield Workplace(folder, model, finished, folder / "runs" / "interrupted")
+    torch.set_num_threads(threads)
 
 
 def substituted(text: str, place: Workplace) -> str:
     for name in (*HUB_MODELS, "builtin:smollm2-135m"):
         text = text.replace(name, str(place.model))
-    return text.replace("builtin:stdlib", "chats.jsonl")
+    return text.replace("builtin:stdlib", "chats.jsonl") + QUICK
 
 
 def run_line(line: str, place: Workplace) -> None:
@@ -158,7 +163,8 @@ def test_every_shell_and_python_block_runs_or_says_why_not(
     monkeypatch.chdir(tmp_path)
     blocks = blocks_of(page)
     if not any("laras init" in block.text for block in blocks):
-        Path("laras.yaml").write_text(f"model_name_or_path: {workplace.model}\ndataset: chats.jsonl\n")
+        text = substituted("model_name_or_path: builtin:smollm2-135m\ndataset: builtin:stdlib\n", workplace)
+        Path("laras.yaml").write_text(text, encoding="utf-8")
     ran = 0
     for block in blocks:
         if block.language == "yaml" and block.title:
