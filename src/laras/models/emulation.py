@@ -112,20 +112,9 @@ def kernels_of(hardware: HardwareSpec) -> Iterator[None]:
         mock.patch.object(functional, "dropout", dropout),
         mock.patch.object(functional, "scaled_dot_product_attention", attend),
         mock.patch.object(attention, "has_varlen_kernel", flash_runs),
-        mock.patch.object(lora.LoraGroup, "load", _load),
         mock.patch.object(lora, "_product", _product),
     ):
         yield
-
-
-def _load(group: Any) -> None:
-    """Unpacks 4-bit weights as on a GPU; on meta the layer itself would not."""
-    if group._is_quantized:
-        from bitsandbytes.functional import dequantize_4bit
-
-        for layer, rows in zip(group.layers, group._rows(), strict=True):
-            weight = layer.get_base_layer().weight
-            group.storage[rows, : group.inputs].copy_(dequantize_4bit(weight.data, weight.quant_state))
 
 
 def _product(left_TM: Tensor, right_TN: Tensor) -> Tensor:

@@ -43,6 +43,11 @@ class FusedLayer:
     mlp_chunk: int
 
     @property
+    def spare(self) -> int:
+        """Columns that a gradient's buffer has beside the hidden ones, for `dy sB`."""
+        return max(self.o.ranks, self.down.ranks)
+
+    @property
     def groups(self) -> tuple[LoraGroup, ...]:
         """In the order in which their adapters are passed."""
         return self.qkv, self.o, self.gate_up, self.down
@@ -69,6 +74,8 @@ class _LayerFunction(torch.autograd.Function):
     def forward(ctx: Any, hidden_TD: Tensor, layer: FusedLayer, documents: Documents, *adapters: Tensor) -> Tensor:
         kept = layer.checkpoint_kind
         attended = _attend(layer, hidden_TD, documents)
+        layer.qkv.unload()
+        layer.o.unload()
         middle = attended.middle
         assert middle is not None
         out = torch.empty_like(middle)
@@ -80,6 +87,8 @@ class _LayerFunction(torch.autograd.Function):
             feed = _feed(layer, middle[rows], out[rows])
             if kept != "none":
                 feed = None
+        layer.gate_up.unload()
+        layer.down.unload()
         del middle
         ctx.layer, ctx.documents, ctx.hidden = layer, documents, hidden_TD
         ctx.attended = attended if kept != "full" else None
@@ -92,8 +101,7 @@ class _LayerFunction(torch.autograd.Function):
         attended, feed = ctx.attended, ctx.feed
         ctx.attended = ctx.feed = ctx.hidden = None
         tokens, width = hidden.shape
-        spare = max(layer.o.ranks, layer.down.ranks)
-        total = _with_room(gradients[0], spare)
+        total = _with_room(gradients[0], layer.spare)
         if attended is None:
             attended = _attend(layer, hidden, documents)
         sums: list[list[Tensor | None]] = [[None] * len(group.adapters) for group in layer.groups]
@@ -102,6 +110,8 @@ class _LayerFunction(torch.autograd.Function):
         for rows in _chunks(tokens, tokens if feed is not None else layer.mlp_chunk):
             _feed_backward(layer, attended.middle[rows], total[rows], feed, sums)
         del feed
+        layer.gate_up.unload()
+        layer.down.unload()
         attended.middle = None  # the peak is in the attention's backward
         _attend_backward(layer, hidden, attended, total, documents, sums)
         return total[:, :width], None, None, *[one for group in sums for one in group]
@@ -194,6 +204,7 @@ def _attend_backward(
     layer.o.load()
     gradient, dyb = layer.o.backward(total[:, : width + layer.o.ranks])
     layer.o.add_gradients(sums[1], attended.out, attended.o_ranks, total[:, :width], dyb)
+    layer.o.unload()
     buffer = hidden.new_empty(hidden.shape[0], layer.qkv.outputs + layer.qkv.ranks)
     targets, sources = _heads(layer, buffer), _heads(layer, attended.qkv)
     shape = (-1, layer.heads, layer.channels)
@@ -215,5 +226,6 @@ def _attend_backward(
         del dq, dk, dv
     del gradient, gradient_THC
     gradient, dyb = layer.qkv.backward(buffer)
+    layer.qkv.unload()
     rms_norm_backward_(hidden, layer.input_norm, layer.eps, gradient, total[:, :width], gradient)
     layer.qkv.add_gradients(sums[0], gradient, attended.ranks, buffer[:, : layer.qkv.outputs], dyb)

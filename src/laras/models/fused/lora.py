@@ -7,8 +7,9 @@ below them the A factors (R, K):
     backward  dx = [dy, dy sB] [W; A]
 
 so that an adapter costs a few more columns of a product that runs anyway. The modules' own weights are views into the
-storage; 4-bit weights are dequantised into a storage that all layers share. Shapes: T tokens, K inputs, N outputs,
-R ranks together, rounded up to 16.
+storage; 4-bit weights are dequantised into one that exists from `load` to `unload`, so that where attention's backward
+takes its most there is none for the feed-forward part. Shapes: T tokens, K inputs, N outputs, R ranks together, rounded
+up to 16.
 """
 
 from __future__ import annotations
@@ -28,13 +29,9 @@ class LoraGroup:
     Args:
         layers: peft's LoRA layers, each of one plain adapter.
         dtype: Of the arithmetic.
-        shared: Storages for dequantised weights, by role and shape.
-        role: Groups of one role and shape share a storage; roles are in use at the same time.
     """
 
-    def __init__(
-        self, layers: Sequence[Any], dtype: torch.dtype, shared: dict[tuple[str, int, int], Tensor], role: str = ""
-    ) -> None:
+    def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
         self.layers = list(layers)
         bases = [layer.get_base_layer() for layer in layers]
         self.adapters: list[nn.Parameter] = []
@@ -55,12 +52,10 @@ class LoraGroup:
                 [torch.zeros(o.out_features, dtype=dtype, device=device) if b is None else b.data for b, o in parts]
             )
         shape = (self.outputs + self.ranks, self.inputs + self.ranks)
+        self._shape, self._nothing = shape, torch.empty(0, dtype=dtype, device=device)
         with torch.no_grad():
             if self._is_quantized:
-                key = (role, *shape)
-                if key not in shared:
-                    shared[key] = torch.zeros(shape, dtype=dtype, device=device)
-                self.storage = shared[key]
+                self.storage = self._nothing
                 self._factors = torch.zeros(self.ranks, self.inputs + self.outputs, dtype=dtype, device=device)
             else:
                 self.storage = torch.zeros(shape, dtype=dtype, device=device)
@@ -77,6 +72,7 @@ class LoraGroup:
 
     def refresh(self) -> None:
         """Copies the adapters beside the weights, in the arithmetic's type, when they have changed."""
+        self.unload()  # what a step that broke off left behind
         versions = tuple(parameter._version for parameter in self.adapters)
         if versions == self._versions:
             return
@@ -98,9 +94,10 @@ class LoraGroup:
         return below, self.storage[rows, self.inputs :][:, ranks]
 
     def load(self) -> None:
-        """Makes the storage hold this group's weights; work for 4-bit weights only."""
-        if not self._is_quantized or self.storage.is_meta:
+        """Makes the storage hold this group's weights until `unload`; work for 4-bit weights only."""
+        if not self._is_quantized or self.storage is not self._nothing:
             return
+        self.storage = self._nothing.new_empty(self._shape)
         from bitsandbytes.functional import dequantize_4bit
 
         for layer, rows in zip(self.layers, self._rows(), strict=True):
@@ -108,6 +105,11 @@ class LoraGroup:
             self.storage[rows, : self.inputs].copy_(dequantize_4bit(weight.data, weight.quant_state))
         self.storage[self.outputs :, : self.inputs].copy_(self._factors[:, : self.inputs])
         self.storage[: self.outputs, self.inputs :].copy_(self._factors[:, self.inputs :].t())
+
+    def unload(self) -> None:
+        """Gives the memory of dequantised weights back."""
+        if self._is_quantized:
+            self.storage = self._nothing
 
     def new_input(self, like: Tensor) -> Tensor:
         """An uninitialised (T, K + R) buffer; its first K columns are for the input."""

@@ -41,11 +41,11 @@ class FusedModel:
         self._causal = model.get_base_model()
         self._decoder = self._causal.base_model
         self._loss_chunk, self._longest_tokens = loss_chunk, longest_tokens
-        shared: dict[tuple[str, int, int], Tensor] = {}
         self.layers = [
-            _fused_layer(layer, self._causal.config, dtype, checkpoint_kind, mlp_chunk, shared)
+            _fused_layer(layer, self._causal.config, dtype, checkpoint_kind, mlp_chunk)
             for layer in self._decoder.layers
         ]
+        self._spare = self.layers[-1].spare  # kept apart, as planning wraps the layers
         self._lora_layers = [one for layer in self.layers for group in layer.groups for one in group.layers]
 
     def refusal(self) -> str | None:
@@ -84,24 +84,32 @@ class FusedModel:
         if places is None:
             places = (targets_T != IGNORE_INDEX).nonzero().squeeze(1)
         norm, head = self._decoder.norm, self._causal.get_output_embeddings()
-        hidden_ND = _Norm.apply(hidden_TD[places], norm.weight, norm.variance_epsilon)  # type: ignore[no-untyped-call]
+        hidden_ND = _TargetNorm.apply(hidden_TD, places, norm.weight, norm.variance_epsilon, self._spare)  # type: ignore[no-untyped-call]
+        del hidden_TD
         return chunked_nll(hidden_ND, head.weight, head.bias, targets_T[places], self._loss_chunk)
 
 
-class _Norm(torch.autograd.Function):
+class _TargetNorm(torch.autograd.Function):
+    """The final norm at the places of targets; its gradient comes in the buffer that the layers go on to use."""
+
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        out = torch.empty_like(x_TD)
-        rms_norm_(x_TD, weight_D, eps, out)
-        ctx.x, ctx.weight, ctx.eps = x_TD, weight_D, eps
+    def forward(ctx: Any, hidden_TD: Tensor, places_N: Tensor, weight_D: Tensor, eps: float, spare: int) -> Tensor:
+        x_ND = hidden_TD[places_N]
+        out = torch.empty_like(x_ND)
+        rms_norm_(x_ND, weight_D, eps, out)
+        ctx.x, ctx.places, ctx.weight, ctx.eps = x_ND, places_N, weight_D, eps
+        ctx.tokens, ctx.spare = hidden_TD.shape[0], spare
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
-        total = torch.zeros_like(ctx.x)
-        rms_norm_backward_(ctx.x, ctx.weight, ctx.eps, gradients[0], total, None)
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
+        width = ctx.x.shape[1]
+        part_ND = torch.zeros_like(ctx.x)
+        rms_norm_backward_(ctx.x, ctx.weight, ctx.eps, gradients[0], part_ND, None)
         ctx.x = None
-        return total, None, None
+        total_TD = part_ND.new_zeros(ctx.tokens, width + ctx.spare)[:, :width]
+        total_TD.index_add_(0, ctx.places, part_ND)
+        return total_TD, None, None, None, None
 
 
 def fused_refusal(model: Any) -> str | None:  # noqa: PLR0911 - one reason a line
@@ -133,15 +141,13 @@ def fused_refusal(model: Any) -> str | None:  # noqa: PLR0911 - one reason a lin
     return None
 
 
-def _fused_layer(
-    layer: Any, config: Any, dtype: torch.dtype, kind: str, chunk: int, shared: dict[tuple[str, int, int], Tensor]
-) -> FusedLayer:
+def _fused_layer(layer: Any, config: Any, dtype: torch.dtype, kind: str, chunk: int) -> FusedLayer:
     attention, mlp = layer.self_attn, layer.mlp
     return FusedLayer(
-        qkv=LoraGroup([attention.q_proj, attention.k_proj, attention.v_proj], dtype, shared, "qkv"),
-        o=LoraGroup([attention.o_proj], dtype, shared, "o"),
-        gate_up=LoraGroup([mlp.gate_proj, mlp.up_proj], dtype, shared, "gate_up"),
-        down=LoraGroup([mlp.down_proj], dtype, shared, "down"),
+        qkv=LoraGroup([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
+        o=LoraGroup([attention.o_proj], dtype),
+        gate_up=LoraGroup([mlp.gate_proj, mlp.up_proj], dtype),
+        down=LoraGroup([mlp.down_proj], dtype),
         input_norm=layer.input_layernorm.weight.data,
         middle_norm=layer.post_attention_layernorm.weight.data,
         eps=layer.input_layernorm.variance_epsilon,
