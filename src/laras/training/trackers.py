@@ -191,16 +191,15 @@ class Trackers(TrainerCallback):
     def start(self) -> float:
         """Starts all at once and waits for them, at most `START_LIMIT_S`; returns the seconds it took."""
         started = time.monotonic()
-        for worker in self._workers:
-            worker.thread.start()
-        for worker in self._workers:
-            with redirect_stdout(sys.stderr):  # standard output is for data; some clients print
+        with redirect_stdout(sys.stderr):  # standard output is for data; some clients print
+            for worker in self._workers:
+                worker.thread.start()
+            for worker in self._workers:
                 worker.ready.wait(max(0.0, START_LIMIT_S - (time.monotonic() - started)))
-            if not worker.ready.is_set():
-                worker.abandon(f"did not start within {START_LIMIT_S:.0f} s")
-            if worker.announcement:
-                self._observer.warning(worker.announcement)
-                worker.announcement = None
+                if not worker.ready.is_set():
+                    worker.abandon(f"did not start within {START_LIMIT_S:.0f} s")
+        for worker in self._workers:
+            self._announce(worker)
         return time.monotonic() - started
 
     def on_log(
@@ -224,13 +223,14 @@ class Trackers(TrainerCallback):
     def finish(self) -> None:
         """Flushes all at once, at most `END_LIMIT_S`."""
         started = time.monotonic()
-        for worker in self._workers:
-            worker.put(None, 0)
-        for worker in self._workers:
-            with redirect_stdout(sys.stderr):
+        with redirect_stdout(sys.stderr):
+            for worker in self._workers:
+                worker.put(None, 0)
+            for worker in self._workers:
                 worker.thread.join(max(0.0, END_LIMIT_S - (time.monotonic() - started)))
-            if worker.thread.is_alive() and worker.works:
-                worker.abandon(f"did not finish within {END_LIMIT_S:.0f} s; its last metrics may be missing there")
+                if worker.thread.is_alive() and worker.works:
+                    worker.abandon(f"did not finish within {END_LIMIT_S:.0f} s; its last metrics may be missing there")
+        for worker in self._workers:
             self._announce(worker)
 
     def _announce(self, worker: _Worker) -> None:
