@@ -262,6 +262,11 @@ class RunConfig(_Frozen):
             problems.append("full fine-tuning needs unquantised weights; set load_in_4bit/load_in_8bit to false")
         if self.finetuning_type == "full" and self.use_dora:
             problems.append("use_dora is a kind of LoRA; remove it or set finetuning_type: lora")
+        if "/" in self.attn_implementation and not self.trust_remote_code:
+            problems.append(
+                f"attn_implementation {self.attn_implementation!r:.80} names a kernel of the Hub, which is code; "
+                "read it, then set trust_remote_code: true"
+            )
         micro, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
         if micro != "auto" and self.effective_batch_size % micro:
             problems.append(

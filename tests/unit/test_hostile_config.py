@@ -58,6 +58,7 @@ HOSTILE = {
     "no-mapping": "split: !!map [1]\n",
     "list-as-bits": "quantization_bit: []\n",
     "profile-elsewhere": "profile: ../../../etc/passwd\n",
+    "kernel-of-the-hub": "attn_implementation: somebody/kernel\n",
     "name-up": "run_name: ../../x\n",
     "name-dots": "run_name: ..\n",
     "name-absolute": "run_name: /tmp/x\n",
