@@ -132,9 +132,9 @@ def test_checkpointing_and_chunked_loss_lower_the_peak():
     assert peak(spec, **keys, loss_kind="chunked") < peak(spec, **keys)
 
 
-def test_the_cpu_has_no_cuda_workspace():
+def test_on_a_cpu_the_process_itself_counts_instead_of_a_cuda_workspace():
     spec = SPECS["qwen2.5-1.5b"]
-    assert estimate_memory(spec, MemoryCase(1, 8), cpu_hardware(), 1).components["workspace"] == 0
+    assert 400 < estimate_memory(spec, MemoryCase(1, 8), cpu_hardware(), 1).components["workspace"] / 2**20 < 700
 
 
 SIZES = {
