@@ -161,7 +161,7 @@ def test_a_changed_run_is_refused_with_the_field_and_both_values(stopped_run: Pa
     assert int(caught.value.exit_code) == 7
     (problem,) = [text for text in caught.value.problems if text.startswith(f"{field}: ")]
     assert "was " in problem and ", is " in problem
-    assert "laras train --from" in (caught.value.hint or "")
+    assert "new run with `laras train`" in (caught.value.hint or "")
 
 
 def test_another_tokenizer_template_or_base_is_refused(stopped_run: Path, tmp_path: Path) -> None:

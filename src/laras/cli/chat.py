@@ -21,7 +21,7 @@ _HELP = (
 )
 
 
-def chat_command(  # noqa: PLR0917 - each is an option of the command line
+def chat_command(
     run: RunArgument,
     prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this once and exit.")] = None,
     base: Annotated[bool, typer.Option("--base", help="Let the base model answer.")] = False,

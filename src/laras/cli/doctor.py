@@ -17,11 +17,12 @@ def doctor_command(as_json: JsonOption = False) -> None:
         print_json({"usable": usable, "findings": [asdict(one) for one in findings]})
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
     for name in ("", "status", "found", "what to do"):
         table.add_column(name, overflow="fold")
     for one in findings:
-        table.add_row(one.name, one.status, one.found, one.advice)
+        table.add_row(one.name, one.status, *(escape(text) for text in (one.found, one.advice)))
     Console(highlight=False).print(table)

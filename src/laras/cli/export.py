@@ -28,7 +28,7 @@ class GgufQuantization(StrEnum):
     Q8_0 = "q8_0"
 
 
-def export_command(  # noqa: PLR0917 - each is an option of the command line
+def export_command(
     run: RunArgument,
     format: Annotated[ExportFormat, typer.Option("--format", "-f", help="What to write.")] = ExportFormat.ADAPTER,
     output: Annotated[

@@ -11,6 +11,7 @@ import typer
 
 from laras import __version__
 from laras.cli.chat import chat_command
+from laras.cli.doctor import doctor_command
 from laras.cli.export import export_command
 from laras.cli.init import init_command
 from laras.cli.inspect import inspect_command
@@ -28,6 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("init")(init_command)
+app.command("doctor")(doctor_command)
 app.command("inspect", context_settings=OVERRIDES)(inspect_command)
 app.command("plan", context_settings=OVERRIDES)(plan_command)
 app.command("train", context_settings=OVERRIDES)(train_command)

@@ -139,7 +139,7 @@ def stream_answer(
     return Answer("".join(pieces).strip(), len(produced), stopped)
 
 
-def generate_samples(  # noqa: PLR0917
+def generate_samples(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     rows: Rows,

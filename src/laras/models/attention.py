@@ -7,6 +7,7 @@ channels of a head, M documents.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -68,11 +69,19 @@ def _attention(
         window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
         out_THC: Any = varlen_attn(
             query_THC, key_TGC, value_TGC, cu_seqlens, cu_seqlens, longest, longest,
-            scale=scaling, window_size=window, enable_gqa=query.shape[1] != key.shape[1],
+            scale=scaling, window_size=window, **_grouped(query, key),
         )  # fmt: skip
         return out_THC.unsqueeze(0), None
     mask = document_mask(cu_seqlens, tokens, sliding_window)[None, None]
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
+
+
+def _grouped(query: Tensor, key: Tensor) -> dict[str, bool]:
+    """torch 2.12 asks whether heads share keys and values; torch 2.11 has no such argument and finds it by itself."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = "enable_gqa" in inspect.signature(varlen_attn).parameters
+    return {"enable_gqa": query.shape[1] != key.shape[1]} if known else {}
 
 
 def _mask(**arguments: Any) -> Tensor | None:

@@ -52,7 +52,6 @@ def examine() -> list[Finding]:
         _precision(cards),
         _quantisation(cards),
         _attention(cards),
-        _package("unsloth", "Unsloth", "pip install 'laras[unsloth]' for the optional backend"),
         _trackers(),
         _disk("disk", Path.cwd()),
         _disk("cache", Path(platformdirs.user_cache_dir("laras", appauthor=False))),

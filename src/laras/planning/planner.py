@@ -10,7 +10,7 @@ from dataclasses import replace
 from math import ceil
 
 from laras.config import RunConfig
-from laras.errors import LarasError
+from laras.errors import ConfigError, LarasError
 from laras.planning.candidates import (
     LOSS_CHUNK_TOKENS,
     Candidate,
@@ -72,6 +72,11 @@ def plan_training(
     Raises:
         ConfigError: The requested precision does not train on this device.
     """
+    if config.backend == "unsloth":
+        raise ConfigError(
+            "backend unsloth is not there yet; this version trains through transformers and its own fused layers",
+            hint="set `backend: auto`",
+        )
     precision, why = choose_precision(config.precision, hardware.kind, hardware.compute_capability)
     work = workload(config, profile, manifest, spec)
     found = candidates(config, spec, hardware, precision, work)

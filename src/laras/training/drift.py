@@ -47,7 +47,7 @@ def identity_of(
         validation_sha256: The same of the validation split.
     """
     choices = plan.choices
-    micro_batches = choices.gradient_accumulation_steps * plan.hardware.count
+    micro_batches = choices.gradient_accumulation_steps
     packed = {"packed_bin_tokens": choices.per_device_train_batch_size * choices.max_length} if choices.packing else {}
     method = {
         name: getattr(choices, name)
@@ -97,7 +97,7 @@ def check_resume(checkpoint: Path, current: Identity) -> None:
         raise RunStateError(
             f"the run has changed since {checkpoint.name}",
             problems=problems,
-            hint="undo the change, or start a new run from this one's weights: `laras train --from RUN`",
+            hint="undo the change, or start a new run with `laras train`",
         )
 
 

@@ -18,14 +18,22 @@ from trl import SFTConfig
 
 from laras.config import RunConfig
 from laras.data.store import tokens_digest
-from laras.errors import LarasError, TrainingAborted, TrainingInterrupted
-from laras.models.step import TrainStep, eager_step
+from laras.errors import LarasError, TrainingInterrupted
+from laras.models.graphs import train_step
+from laras.models.step import TrainStep, path_of
 from laras.progress import Observer
 from laras.records import BestCheckpoint, Measured, RunEvent, RunResult, RunStatus, TrainPlan
 from laras.training.batches import TokenRows, TrainBatches
 from laras.training.callbacks.memory import MemoryMonitor
 from laras.training.callbacks.metrics_log import MetricsLog
-from laras.training.checkpoints import checkpoint_problems, damaged_checkpoints, verify_checkpoint, write_whole
+from laras.training.checkpoints import (
+    WRITE_ERRORS,
+    checkpoint_problems,
+    damaged_checkpoints,
+    unwritable,
+    verify_checkpoint,
+    write_whole,
+)
 from laras.training.drift import check_resume, identity_of
 from laras.training.numbers import Stopping
 from laras.training.signals import StopRequest, stop_on_signals
@@ -46,7 +54,7 @@ def run_training(
     observer: Observer,
     callbacks: tuple[TrainerCallback, ...] = (),
     resume_from: Path | None = None,
-    make_step: Callable[[nn.Module], TrainStep] = eager_step,
+    make_step: Callable[[nn.Module], TrainStep] | None = None,
     rehearse: bool | None = None,
 ) -> RunResult:
     """Trains, validates, keeps the best, and writes `best/`, `final/` and the result record.
@@ -62,7 +70,7 @@ def run_training(
         observer: Is told what happens.
         callbacks: Further callbacks.
         resume_from: A checkpoint to go on from (`laras.training.resume.choose_checkpoint`).
-        make_step: Makes the training step of the model on its device.
+        make_step: Makes the training step of the model on its device; None: as the plan says.
         rehearse: Try the largest batch before the first step; None: on a GPU.
 
     Raises:
@@ -87,7 +95,7 @@ def run_training(
         first_step = _step_of(resume_from)
         trainer = run.build_trainer(
             model=model, rows=rows, validation_rows=validation_rows, counters=counters, identity=identity, stop=stop,
-            make_step=make_step,
+            make_step=make_step or (lambda model: train_step(model, plan.choices, observer)),
         )  # fmt: skip
         trackers = Trackers([], observer)
         if trainer.is_world_process_zero():
@@ -125,10 +133,12 @@ class _Run:
         """The trainer of this run."""
         choices = self._plan.choices
         args = sft_config(self._config, self._plan, self._run_dir)
+        if path_of(model).fused is not None:  # which does without transformers' layers, and so without its checkpoints
+            args.gradient_checkpointing = False
         batches = TrainBatches(
             rows,
             micro_rows=choices.per_device_train_batch_size,
-            micro_batches=choices.gradient_accumulation_steps * self._plan.hardware.count,
+            micro_batches=choices.gradient_accumulation_steps,
             max_length=max(choices.max_length, int(rows.lengths.max(initial=1))),
             packing=choices.packing,
             seed=self._config.seed,
@@ -219,11 +229,8 @@ class _Run:
                 _publish(best, self._run_dir / "final")
             else:
                 write_whole(self._run_dir / "final", lambda aside: write_model(trainer.model, self._tokenizer, aside))
-        except OSError as error:
-            raise TrainingAborted(
-                f"final/ cannot be written: {error.strerror or error}",
-                hint=f"make room, then `laras resume {self._run_dir}` writes it; nothing is trained again",
-            ) from error
+        except WRITE_ERRORS as error:
+            raise unwritable("final/", self._run_dir, error) from error
 
     def _write_result(self, trainer: LarasTrainer, status: RunStatus) -> RunResult:
         counters, state = trainer.counters, trainer.state
@@ -254,10 +261,7 @@ class _Run:
                 result.save(self._run_dir)
             except OSError as error:
                 if status == "finished":
-                    raise TrainingAborted(
-                        f"the result cannot be written: {error.strerror or error}",
-                        hint=f"make room, then `laras resume {self._run_dir}` writes it; nothing is trained again",
-                    ) from error
+                    raise unwritable("the result", self._run_dir, error) from error
                 self._observer.warning(f"the result record is not written: {error.strerror or error}")
         return result
 
