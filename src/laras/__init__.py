@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from laras.api import configure, inspect, plan, resume, test, train
+    from laras.api import configure, export, inspect, plan, report, resume, test, train
     from laras.config import RunConfig
     from laras.errors import LarasError
     from laras.progress import Observer
@@ -19,8 +19,10 @@ __all__ = [
     "RunConfig",
     "__version__",
     "configure",
+    "export",
     "inspect",
     "plan",
+    "report",
     "resume",
     "test",
     "train",

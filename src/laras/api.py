@@ -13,13 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from laras import pipeline
 from laras.config import RunConfig, load_config
 from laras.pipeline import Inspection, TrainOutcome
 from laras.progress import Observer
 from laras.records import EvalResult, TrainPlan
+
+if TYPE_CHECKING:
+    from laras.reporting.export import Export, Format, Quantization
 
 ConfigLike = RunConfig | Mapping[str, Any] | str | Path | None
 
@@ -61,3 +64,25 @@ def resume(run_dir: str | Path, *, checkpoint: int | None = None, observer: Obse
 def test(run_dir: str | Path, *, max_samples: int | None = None, observer: Observer | None = None) -> EvalResult:
     """Opens the sealed test set and scores base and tuned model. See `laras.pipeline.test`."""
     return pipeline.test(run_dir, observer, max_samples=max_samples)
+
+
+def report(*run_dirs: str | Path, output: str | Path | None = None) -> Path:
+    """Writes one self-contained HTML page of a run, or of several compared. See `laras.reporting.report`."""
+    from laras.reporting.report import write_report
+
+    return write_report(run_dirs, Path(output) if output is not None else None)
+
+
+def export(
+    run_dir: str | Path,
+    format: Format,
+    *,
+    output: str | Path | None = None,
+    quantization: Quantization = "f16",
+    observer: Observer | None = None,
+) -> Export:
+    """Writes the tuned model for other tools, checked by reloading. See `laras.reporting.export.export_run`."""
+    from laras.reporting.export import export_run
+
+    folder = Path(output) if output is not None else None
+    return export_run(run_dir, format, output=folder, quantization=quantization, observer=observer)

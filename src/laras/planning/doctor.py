@@ -52,6 +52,7 @@ def examine() -> list[Finding]:
         _precision(cards),
         _quantisation(cards),
         _attention(cards),
+        _package("unsloth", "Unsloth", "not needed: this version has its own fast path"),
         _trackers(),
         _disk("disk", Path.cwd()),
         _disk("cache", Path(platformdirs.user_cache_dir("laras", appauthor=False))),
