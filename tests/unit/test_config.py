@@ -171,6 +171,6 @@ def test_any_mapping_gives_a_configuration_or_a_config_error(values: dict[str, o
 
 
 def test_the_built_in_example_is_one_epoch_and_a_users_own_run_is_three(tmp_path: Path) -> None:
-    assert load_config().num_train_epochs == 1
+    assert (load_config().num_train_epochs, load_config().effective_batch_size) == (1, 4)
     assert load_config(None, ["num_train_epochs=2"]).num_train_epochs == 2
     assert load_config(None, ["dataset=chats.jsonl"]).num_train_epochs == 3

@@ -90,6 +90,11 @@ class PlainView(View):
         self._last_s = time.monotonic()
         self.line(name)
 
+    def training_started(self, plan: TrainPlan, first_step: int) -> None:
+        """See `Observer`."""
+        super().training_started(plan, first_step)
+        self._stage = "validating"  # what reports its progress between steps
+
     def stage_progress(self, done: int, total: int | None, unit: str) -> None:
         """See `Observer`."""
         if self._is_time():
@@ -143,6 +148,8 @@ class LiveView(View):
 
     def stage_progress(self, done: int, total: int | None, unit: str) -> None:
         """See `Observer`."""
+        if self._progress.tasks and self._progress.tasks[-1].description == "training":
+            self._begin("validating", total)
         if self._task is not None:
             of = f" of {total:,}" if total else ""
             self._progress.update(self._task, completed=done, total=total, numbers=f"{done:,}{of} {unit}")
