@@ -32,11 +32,11 @@ CASES = {
     "lora_16k": {"rows": 4}, "lora_8k": {"rows": 2},
     "lora_selective_16k": {"rows": 4, "kind": "selective"},
     "lora_full_16k": {"rows": 4, "kind": "full"}, "lora_full_8k": {"rows": 2, "kind": "full"},
-    "qlora_full_16k": {"rows": 4, "kind": "full", "nf4": True, "chunk": 2048},
-    "qlora_full_8k": {"rows": 2, "kind": "full", "nf4": True, "chunk": 2048},
-    "qlora_full_8k_graph": {"rows": 2, "kind": "full", "nf4": True, "chunk": 2048, "graph": True},
+    "qlora_full_16k": {"rows": 4, "kind": "full", "nf4": True, "chunk": 2048, "loss_chunk": 512},
+    "qlora_full_8k": {"rows": 2, "kind": "full", "nf4": True, "chunk": 2048, "loss_chunk": 512},
+    "qlora_full_8k_graph": {"rows": 2, "kind": "full", "nf4": True, "chunk": 2048, "loss_chunk": 512, "graph": True},
     "transformers_layers_16k": {"rows": 4, "fused": False},
-    "7b_qlora_full_8k": {"rows": 2, "kind": "full", "nf4": True, "shape": "7b"},
+    "7b_qlora_full_8k": {"rows": 2, "kind": "full", "nf4": True, "chunk": 2048, "loss_chunk": 512, "shape": "7b"},
 }  # fmt: skip
 
 
