@@ -15,12 +15,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from laras.errors import CheckpointError, TrainingAborted
 from laras.progress import Observer
 from laras.records import write_atomically
 
 MANIFEST_NAME = "manifest.json"
 REASON_NAME = "damaged.txt"
+WRITE_ERRORS = (OSError, SafetensorError)  # the second is how safetensors tells of a full disk
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -37,15 +40,15 @@ def save_checkpoint(folder: Path, step: int, write_files: Callable[[Path], None]
     """
     try:
         return write_whole(folder / f"step-{step}", write_files)
-    except OSError as error:
-        raise _unwritable(f"the checkpoint of step {step}", folder, error) from error
+    except WRITE_ERRORS as error:
+        raise unwritable(f"the checkpoint of step {step}", folder, error) from error
 
 
 def write_whole(folder: Path, write_files: Callable[[Path], None]) -> Path:
     """Writes a sealed folder aside and renames it to its place, where an older one gives way.
 
     Raises:
-        OSError: As writing does; the older folder is then still there.
+        OSError, SafetensorError: As writing does; the older folder is then still there.
     """
     aside, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     for leftover in (aside, old):
@@ -64,7 +67,8 @@ def write_whole(folder: Path, write_files: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _unwritable(what: str, folder: Path, error: Exception) -> TrainingAborted:
+def unwritable(what: str, folder: Path, error: Exception) -> TrainingAborted:
+    """The error of something that cannot be written below `folder`."""
     reason = getattr(error, "strerror", None) or str(error)
     try:
         free = f"; {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free"
@@ -72,7 +76,7 @@ def _unwritable(what: str, folder: Path, error: Exception) -> TrainingAborted:
         free = ""
     return TrainingAborted(
         f"{what} cannot be written: {reason}{free}",
-        hint="make room, then go on with `laras resume`; the checkpoints before it are whole",
+        hint="make room, then go on with `laras resume`; every checkpoint that is there is whole",
     )
 
 

@@ -96,6 +96,7 @@ def run_training(
         trainer = run.build_trainer(
             model=model, rows=rows, validation_rows=validation_rows, counters=counters, identity=identity, stop=stop,
             make_step=make_step or (lambda model: train_step(model, plan.choices, observer)),
+            rehearse=plan.hardware.kind == "cuda" if rehearse is None else rehearse,
         )  # fmt: skip
         trackers = Trackers([], observer)
         if trainer.is_world_process_zero():
@@ -104,7 +105,7 @@ def run_training(
             trainer.add_callback(callback)
         trackers.start()
         try:
-            return run.train(trainer, stop, resume_from, plan.hardware.kind == "cuda" if rehearse is None else rehearse)
+            return run.train(trainer, stop, resume_from)
         finally:
             trackers.finish()
 
@@ -129,6 +130,7 @@ class _Run:
         identity: dict[str, Any],
         stop: StopRequest,
         make_step: Callable[[nn.Module], TrainStep],
+        rehearse: bool,
     ) -> LarasTrainer:
         """The trainer of this run."""
         choices = self._plan.choices
@@ -154,6 +156,7 @@ class _Run:
             memory=MemoryMonitor(args.device, self._plan.memory.train_peak_allocated_bytes, self._observer),
             stop=stop,
             max_skipped_steps=self._config.max_skipped_steps,
+            rehearsal_later_bytes=self._plan.memory.components.get("optimizer", 0) if rehearse else None,
             on_best=lambda checkpoint: _publish(checkpoint, self._run_dir / "best"),
             model=model,
             args=args,
@@ -163,13 +166,11 @@ class _Run:
             processing_class=self._tokenizer,
         )
 
-    def train(self, trainer: LarasTrainer, stop: StopRequest, resume_from: Path | None, rehearse: bool) -> RunResult:
+    def train(self, trainer: LarasTrainer, stop: StopRequest, resume_from: Path | None) -> RunResult:
         """Trains to the end, or to what stops it; the record says which."""
         self._note_start(trainer, resume_from)
         self._write_result(trainer, "running")
         try:
-            if rehearse:
-                self._rehearse(trainer)
             self._observer.training_started(self._plan, _step_of(resume_from))
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
             done = trainer.state.global_step >= trainer.state.max_steps or trainer.counters.stopped
@@ -202,14 +203,6 @@ class _Run:
             step = _step_of(resume_from)
             event = RunEvent(step=step, kind="resume", detail=f"went on from {resume_from.name}")
             trainer.counters.events.append(event.model_dump())
-
-    def _rehearse(self, trainer: LarasTrainer) -> None:
-        self._observer.stage_started("rehearsing the largest batch")
-        rehearsal = trainer.rehearse(self._plan.memory.components.get("optimizer", 0))
-        self._observer.message(f"rehearsal: {rehearsal}")
-        event = RunEvent(step=0, kind="rehearsal", detail=str(rehearsal))
-        trainer.counters.events.append(event.model_dump())
-        trainer.rehearsal = rehearsal
 
     def _write_final(self, trainer: LarasTrainer) -> None:
         """`final/`: the best model, or the last one where there is no best; the model in memory is the same."""

@@ -16,9 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from transformers import PrinterCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl
@@ -32,12 +31,12 @@ from laras.models.step import TrainStep
 from laras.progress import Observer, StepReport, ValidationReport
 from laras.records import RunEvent, SplitScore
 from laras.training import oom, state
-from laras.training.batches import StepRows, TokenRows, TrainBatches
+from laras.training.batches import TokenRows, TrainBatches
 from laras.training.callbacks.memory import MemoryMonitor
 from laras.training.checkpoints import remove_old_checkpoints, save_checkpoint
 from laras.training.drift import Identity
-from laras.training.processes import sum_gradients
-from laras.training.rehearsal import Rehearsal, rehearse
+from laras.training.gradients import StepGradients
+from laras.training.rehearsal import rehearse
 from laras.training.signals import StopRequest
 from laras.training.speed import Speed
 
@@ -53,13 +52,14 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         checkpoints: The folder for `step-N`.
         observer: Is told what happens.
         batches: The rows of every step.
-        make_step: Makes the training step of the model, once it is on its device.
+        make_step: Makes the training step of the model on its device.
         counters: Their values at the beginning of a run.
         identity: Saved with every checkpoint.
         memory: Measures.
         stop: Set when a signal asks to stop.
         max_skipped_steps: Bad steps in a row that end the run.
         on_best: Told the checkpoint of a new best model.
+        rehearsal_later_bytes: What the first optimizer step will allocate; None: no rehearsal.
         sft_arguments: Those of SFTTrainer.
     """
 
@@ -76,6 +76,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         stop: StopRequest,
         max_skipped_steps: int,
         on_best: Callable[[Path], None],
+        rehearsal_later_bytes: int | None = None,
         **sft_arguments: Any,
     ) -> None:
         trained = {
@@ -90,15 +91,18 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             if hasattr(module, "support_avx512bf16_for_cpu"):
                 module.support_avx512bf16_for_cpu = False
         self.counters, self.batches, self.memory = counters, batches, memory
-        self._checkpoints, self._observer, self._make_step = checkpoints, observer, make_step
+        self._checkpoints, self._observer = checkpoints, observer
         self._identity, self._stop, self._max_skipped_steps = identity, stop, max_skipped_steps
-        self._on_best = on_best
-        self._train_step: TrainStep | None = None
+        self._on_best, self._rehearsal_later_bytes = on_best, rehearsal_later_bytes
+        self._begun = False
         self._saved_random_states: dict[str, Any] | None = None
-        self._piece: list[int] = []
+        self._gradients = StepGradients(
+            self.model, make_step(self.model), batches, counters, device=self.args.device,
+            rank=self.args.process_index, processes=self.args.world_size, scaler=self.accelerator.scaler,
+            note=self.note,
+        )  # fmt: skip
         self.speed = Speed()
         self.control: TrainerControl
-        self.rehearsal: Rehearsal | None = None
 
     # ---------------------------------------------------------------- the loop
 
@@ -128,7 +132,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             rows = self.batches.step(epoch, index)
             self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
             started = time.monotonic()
-            loss, stop = self._forward_backward(rows)
+            loss, stop = self._gradients.compute(rows, bool(self._stop))
             grad_norm = self._gradient_norm(model)
             learned = self._accept(loss, grad_norm)
             self.control = self.callback_handler.on_pre_optimizer_step(self.args, self.state, self.control)
@@ -145,68 +149,20 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             self._after_step(loss, grad_norm, learning_rate, stop)
 
     def _begin_once(self) -> None:
-        if self._train_step is not None:
+        if self._begun:
             return
-        self._train_step = self._make_step(self.model)
+        self._begun = True
         if self._saved_random_states is not None:
             state.restore_random_states(self._saved_random_states)
         else:  # whatever trackers and callbacks have drawn
             set_seed(self.args.seed + self.args.process_index)
-        if self.rehearsal is not None:
-            self.log(self.rehearsal.metrics())
+        if self._rehearsal_later_bytes is not None:
+            self._rehearse(self._rehearsal_later_bytes)
         if self.counters.stopped:
             self.control.should_training_stop = True
         elif self.counters.evaluation_due:
             self.control.should_save = True  # the checkpoint of this step lacks the evaluation
             self._validate_and_save()
-
-    def _forward_backward(self, rows: StepRows) -> tuple[float, bool]:
-        """Mean loss over the step's target tokens, and whether to stop; the gradient is in `.grad`, summed."""
-        total = self._with_recovery(lambda: self._accumulate(rows), "training on")
-        figures = torch.stack([total.double(), total.new_tensor(float(bool(self._stop))).double()])
-        if self.args.world_size > 1:
-            dist.all_reduce(figures)
-            sum_gradients(self.model)
-        loss_sum, stop = figures.tolist()
-        return loss_sum / max(1, rows.targets), stop > 0
-
-    def _accumulate(self, rows: StepRows) -> Tensor:
-        assert self._train_step is not None
-        scale = torch.full((), 1.0 / max(1, rows.targets), device=self.args.device)
-        if self.accelerator.scaler is not None:
-            scale = self.accelerator.scaler.scale(scale)
-        total = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        self.model.train()
-        for micro in rows.micro_batches[self.args.process_index :: self.args.world_size]:
-            for piece in self.batches.cut(micro, self.counters.split_level):
-                self._piece = piece
-                total += self._train_step(self._on_device(piece), scale)
-        return total
-
-    def _on_device(self, piece: list[int]) -> dict[str, Tensor]:
-        batch = self.batches.collate(piece, self.counters.split_level)
-        if self.args.device.type != "cuda":
-            return batch
-        return {name: value.pin_memory().to(self.args.device, non_blocking=True) for name, value in batch.items()}
-
-    def _with_recovery(self, work: Callable[[], Tensor], doing: str) -> Tensor:
-        """The result of `work`, which starts again with smaller micro-batches as often as it runs out of memory."""
-        before = oom.device_random_state(self.args.device)
-        while True:
-            try:
-                return work()
-            except oom.DeviceOutOfMemory as error:
-                text = str(error).partition("\n")[0]
-            if len(self._piece) <= 1:
-                rows, index = self.batches.rows, self._piece[0]
-                raise oom.does_not_fit(int(rows.sources[index]), int(rows.lengths[index]), doing)
-            self.model.zero_grad()  # what this step had accumulated so far is computed again
-            oom.free_caches()
-            oom.restore_device_random_state(before, self.args.device)
-            size = self.batches.size(self.counters.split_level)
-            self.counters.split_level += 1
-            smaller = self.batches.size(self.counters.split_level)
-            self.note("out_of_memory", f"micro-batch {size} -> {smaller}, same gradient: {text}")
 
     def _gradient_norm(self, model: nn.Module) -> float:
         limit = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
@@ -296,7 +252,10 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Exact loss, perplexity and token accuracy on the validation split."""
-        score = self._score(self.eval_dataset if eval_dataset is None else eval_dataset, self._observer)
+        score = self._score(
+            self.eval_dataset if eval_dataset is None else eval_dataset,
+            _StoppableProgress(self._observer, self._may_stop_evaluation),
+        )
         metrics = {
             f"{metric_key_prefix}_loss": score.loss,
             f"{metric_key_prefix}_perplexity": score.perplexity,
@@ -312,7 +271,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             try:
                 sums = evaluate_split(
                     self.model, rows, batch_size=batch_rows, pad_token_id=self.processing_class.pad_token_id,
-                    device=self.args.device, observer=_StoppableProgress(observer, self._may_stop_evaluation),
+                    device=self.args.device, observer=observer,
                 )  # fmt: skip
                 return score_of(sums, seed=self.args.seed)
             except oom.DeviceOutOfMemory as error:
@@ -360,31 +319,23 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             if is_best and self.is_world_process_zero():
                 self._on_best(saved)
 
-    def rehearse(self, later_bytes: int) -> Rehearsal:
+    def _rehearse(self, later_bytes: int) -> None:
         """The largest micro-batch through forward and backward, and one evaluation batch; leaves no trace."""
-        step = self._train_step or self._make_step(self.model)
-        one = torch.ones((), device=self.args.device)
-        micro = self.batches.longest()
-
-        def train() -> Tensor:
-            total = one.double() * 0
-            for piece in self.batches.cut(micro, self.counters.split_level):
-                self._piece = piece
-                total += step(self._on_device(piece), one)
-            return total
-
-        rows = self.eval_dataset
+        rows, largest = self.eval_dataset, self.batches.longest()
         longest = (-TokenRows(rows).lengths).argsort(kind="stable")
         sample = rows.select(longest[: self.args.per_device_eval_batch_size])
-        self.model.train()
-        return rehearse(
+        rehearsal = rehearse(
             self.model,
             self.args.device,
-            (lambda: self._with_recovery(train, "training on"), lambda: self._score(sample, Observer())),
+            (lambda: self._gradients.rehearse(largest), lambda: self._score(sample, Observer())),
             peak_bytes=self.memory.current_bytes,
             planned_bytes=self.memory.planned_bytes,
-            later_bytes=later_bytes,
+            later_bytes=0 if self._saved_random_states is not None else later_bytes,
         )
+        self._observer.message(f"rehearsal of the largest batch: {rehearsal}")
+        event = RunEvent(step=self.state.global_step, kind="rehearsal", detail=str(rehearsal))
+        self.counters.events.append(event.model_dump())
+        self.log(rehearsal.metrics())
 
     # ---------------------------------------------------------------- saving and loading
 

@@ -1,0 +1,125 @@
+"""The gradient of a whole optimizer step, whatever its cut, the number of processes, and the memory there is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from laras.models.step import TrainStep
+from laras.training import oom
+from laras.training.batches import MicroBatch, StepRows, TrainBatches
+from laras.training.processes import sum_gradients
+from laras.training.state import Counters
+
+
+class Note(Protocol):
+    """Records an event."""
+
+    def __call__(self, kind: str, detail: str) -> None:
+        """One event of a kind."""
+
+
+class StepGradients:
+    """Runs micro-batches forward and backward.
+
+    Args:
+        model: On its device; not wrapped for several processes, since gradients are summed once a step.
+        step: Of this model.
+        batches: Cut and collated here.
+        counters: Holds how finely micro-batches are cut.
+        device: Of this process.
+        rank: Of this process.
+        processes: How many there are.
+        scaler: Of the gradients, with fp16.
+        note: Told of every new cut.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        step: TrainStep,
+        batches: TrainBatches,
+        counters: Counters,
+        *,
+        device: torch.device,
+        rank: int,
+        processes: int,
+        scaler: Any,
+        note: Note,
+    ) -> None:
+        self._model, self._step, self._batches, self._counters = model, step, batches, counters
+        self._device, self._rank, self._processes = device, rank, processes
+        self._scaler, self._note = scaler, note
+        self._piece: MicroBatch = []
+
+    def compute(self, rows: StepRows, wants_stop: bool) -> tuple[float, bool]:
+        """Adds the gradient of a step to `.grad`.
+
+        Args:
+            rows: Of the step, over all processes.
+            wants_stop: Whether this process was asked to stop.
+
+        Returns:
+            Mean loss over the step's target tokens, and whether any process was asked to stop.
+
+        Raises:
+            OutOfMemoryError: When a single row does not fit.
+        """
+        mine = rows.micro_batches[self._rank :: self._processes]
+        loss = self._until_it_fits(lambda: self._accumulate(mine, 1.0 / max(1, rows.targets)))
+        figures = torch.stack([loss, loss.new_tensor(float(wants_stop))])
+        if self._processes > 1:
+            dist.all_reduce(figures)
+            sum_gradients(self._model)
+        loss_sum, stop = figures.tolist()
+        return loss_sum / max(1, rows.targets), stop > 0
+
+    def rehearse(self, micro: MicroBatch) -> None:
+        """One micro-batch forward and backward; its gradient is the caller's to remove."""
+        self._until_it_fits(lambda: self._accumulate((micro,), 1.0))
+
+    def _accumulate(self, micro_batches: tuple[MicroBatch, ...], scale: float) -> Tensor:
+        """Summed loss, a float64 scalar on the device."""
+        scale_tensor = torch.full((), scale, device=self._device)
+        if self._scaler is not None:
+            scale_tensor = self._scaler.scale(scale_tensor)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        self._model.train()
+        for micro in micro_batches:
+            for piece in self._batches.cut(micro, self._counters.split_level):
+                self._piece = piece
+                total += self._step(self._on_device(piece), scale_tensor)
+        return total
+
+    def _on_device(self, piece: MicroBatch) -> dict[str, Tensor]:
+        batch = self._batches.collate(piece, self._counters.split_level)
+        if self._device.type != "cuda":
+            return batch
+        return {name: value.pin_memory().to(self._device, non_blocking=True) for name, value in batch.items()}
+
+    def _until_it_fits(self, work: Callable[[], Tensor]) -> Tensor:
+        """The result of `work`, which starts again with smaller micro-batches as often as it runs out of memory.
+
+        Doing the whole step again costs time in that one step only; a copy of the gradients would cost memory in all.
+        """
+        before = oom.device_random_state(self._device)
+        while True:
+            try:
+                return work()
+            except oom.DeviceOutOfMemory as error:
+                text = str(error).partition("\n")[0]
+            rows, counters = self._batches.rows, self._counters
+            if len(self._piece) <= 1:
+                index = self._piece[0]
+                raise oom.does_not_fit(int(rows.sources[index]), int(rows.lengths[index]), "training on")
+            self._model.zero_grad()  # what this step had accumulated so far is computed again
+            oom.free_caches()
+            oom.restore_device_random_state(before, self._device)
+            size = self._batches.size(counters.split_level)
+            counters.split_level += 1
+            smaller = self._batches.size(counters.split_level)
+            self._note("out_of_memory", f"micro-batch {size} -> {smaller}, same gradient: {text}")
