@@ -2,6 +2,7 @@
 """Useful tokens/s and peak memory of Laras' own training path, one process a case, on one GPU.
 
     python benchmarks/throughput.py --out DIR [--only a,b] [--profile CASE]
+    python benchmarks/throughput.py --out DIR --report   (DIR/throughput.jsonl to DIR/throughput.md)
 
 The work: 512 examples of lognormal lengths (median 350, p95 1,500, cap 4,096 tokens, two thirds of them targets), a
 random model of Qwen2.5's shape, LoRA r=16 on all linear layers, AdamW, clipping. Useful tokens are those of examples;
@@ -37,6 +38,12 @@ CASES = {
     "qlora_full_8k_graph": {"rows": 2, "kind": "full", "nf4": True, "chunk": 2048, "loss_chunk": 512, "graph": True},
     "transformers_layers_16k": {"rows": 4, "fused": False},
     "7b_qlora_full_8k": {"rows": 2, "kind": "full", "nf4": True, "chunk": 2048, "loss_chunk": 512, "shape": "7b"},
+}  # fmt: skip
+
+# The peer's case, the least ratio of tokens/s, and the most memory as a share of the peer's.
+AGAINST = {
+    "lora_16k": ("unsloth_pack", 1.3, 1.0), "lora_full_16k": ("unsloth_pack_gc", 1.3, 1.1),
+    "qlora_full_16k": ("unsloth_qlora_pack_gc", 1.25, 1.1),
 }  # fmt: skip
 
 
@@ -183,6 +190,36 @@ def measure(name, root, profile):
     }  # fmt: skip
 
 
+def report(folder):
+    """The table of a run, each case beside the peer that was measured in the same run."""
+    found = [json.loads(line) for line in (folder / "throughput.jsonl").read_text().splitlines()]
+    rows = {row["name"]: row for row in found}
+    lines = ["| case | useful tokens/s | MFU | peak GiB | peer, same run | its tokens/s | its GiB | tokens/s ratio |"
+             " memory ratio | must | met |", "|" + "---|" * 11]  # fmt: skip
+    for name in CASES:
+        if "useful_tokens_per_s" not in rows.get(name, {}):
+            continue
+        row = rows[name]
+        own = f"| {name} | {row['useful_tokens_per_s']:,.0f} | {row['mfu']:.1%} | {row['peak_allocated_gib']:.3f} "
+        other, least, most = AGAINST.get(name, (None, 0, 0))
+        if not rows.get(other, {}).get("ok"):
+            lines.append(own + "| not measured | | | | | | |")
+            continue
+        peer = rows[other]
+        ratio = row["useful_tokens_per_s"] / peer["useful_tok_s"]
+        share = row["peak_allocated_gib"] / peer["peak_alloc_gb"]
+        lines.append(
+            own + f"| {other} | {peer['useful_tok_s']:,.0f} | {peer['peak_alloc_gb']:.3f} | {ratio:.2f} | {share:.2f} "
+            f"| {least} at {most} | {'yes' if ratio >= least and share <= most else '**no**'} |"
+        )
+    cards, versions = {row["gpu"] for row in found}, [row["versions"] for row in found if "versions" in row]
+    lines += [
+        "",
+        f"On {', '.join(sorted(cards))}. Versions: {json.dumps(versions[0]) if versions else 'of Laras only'}.",
+    ]
+    (folder / "throughput.md").write_text("\n".join(["# Throughput", "", *lines]) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path, required=True)
@@ -191,7 +228,11 @@ def main():
     parser.add_argument("--profile", default="")
     parser.add_argument("--budget-s", type=float, default=480)
     parser.add_argument("--case")
+    parser.add_argument("--report", action="store_true")
     arguments = parser.parse_args()
+    if arguments.report:
+        report(arguments.out)
+        return
     if arguments.case:
         where = arguments.out if arguments.case in arguments.profile.split(",") else None
         print("@" + json.dumps(measure(arguments.case, arguments.root, where)), flush=True)
