@@ -22,7 +22,8 @@ from laras.progress import Observer
 from laras.records import EvalResult, TrainPlan
 
 if TYPE_CHECKING:
-    from laras.reporting.export import Export, Format, Quantization
+    from laras.reporting.export import Export, Format
+    from laras.reporting.gguf_file import Quantization
 
 ConfigLike = RunConfig | Mapping[str, Any] | str | Path | None
 

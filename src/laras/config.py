@@ -26,7 +26,7 @@ BUILTIN_MODEL = "builtin:smollm2-135m"
 BUILTIN_DATASET = "builtin:stdlib"
 
 # The built-in example is to end within minutes on a laptop's CPU: one epoch of small, quick steps.
-_EXAMPLE = {"num_train_epochs": 1, "effective_batch_size": 4, "learning_rate": 4.0e-4}
+_EXAMPLE = {"num_train_epochs": 1, "effective_batch_size": 4, "learning_rate": 5.0e-4}
 
 # Keys of Axolotl, LLaMA-Factory, Unsloth and older transformers that mean exactly one of ours.
 ALIASES: dict[str, str] = {

@@ -20,8 +20,8 @@ from typing import Any
 
 from laras.errors import DataError
 
-ROWS = 300
-MIN_BODY_CHARS, MAX_BODY_CHARS = 40, 700
+ROWS = 340
+MIN_BODY_CHARS, MAX_BODY_CHARS = 40, 260
 MIN_DOCSTRING_CHARS, MAX_DOCSTRING_CHARS = 20, 400
 
 # Packages of the library that are tests, demonstrations or applications rather than examples of library code.

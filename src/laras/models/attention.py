@@ -76,7 +76,7 @@ def _attention(
     return sdpa_attention_forward(module, query, key, value, mask, scaling=scaling, **kwargs)
 
 
-def _grouped(query: Tensor, key: Tensor) -> dict[str, bool]:
+def _grouped(query: Tensor, key: Tensor) -> dict[str, Any]:
     """torch 2.12 asks whether heads share keys and values; torch 2.11 has no such argument and finds it by itself."""
     from torch.nn.attention.varlen import varlen_attn
 

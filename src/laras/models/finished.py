@@ -69,7 +69,8 @@ def load_finished(config: RunConfig, choices: PlanChoices, final_dir: Path, devi
     base = _load_base(config, choices, device)
     if choices.finetuning_type == "full":
         tuned: nn.Module = load_model(str(final_dir), precision=_precision(choices, device), device=str(device))
-        return FinishedModels(tokenizer, tuned.eval(), base.eval())
+        base.train(False)
+        return FinishedModels(tokenizer, tuned.eval(), base)
     tuned = PeftModel.from_pretrained(base, str(final_dir), torch_device=str(device))
     return FinishedModels(tokenizer, tuned.eval(), None)
 
