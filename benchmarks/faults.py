@@ -15,6 +15,7 @@ kill hits training and not the start of Python.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import random
@@ -46,6 +47,7 @@ torch.set_num_threads(1)
 RESULTS = Path(__file__).parent / "results" / "faults.json"
 KILLED = ("padded", "packed", "early_stopping", "accumulation", "full", "qlora")
 CRASHED = 99
+_PR_SET_PDEATHSIG = 1
 MAX_SESSIONS = 200  # of one run
 
 
@@ -55,6 +57,8 @@ def forked(work: Callable[[], None]) -> int:
     child = os.fork()
     if child:
         return child
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no child outlives the sweep
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     code = CRASHED

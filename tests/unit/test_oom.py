@@ -48,7 +48,7 @@ def first_gradient(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     seen: list[torch.Tensor] = []
     original = trainer_module.LarasTrainer._gradient_norm
 
-    def spy(self: Any, model: nn.Module) -> float:
+    def spy(self: Any, model: nn.Module) -> torch.Tensor:
         seen.append(torch.cat([p.grad.flatten().clone() for p in self.model.parameters() if p.requires_grad]))
         return original(self, model)
 

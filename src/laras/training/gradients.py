@@ -55,28 +55,36 @@ class StepGradients:
         self._device, self._rank, self._processes = device, rank, processes
         self._scaler, self._note = scaler, note
         self._piece: MicroBatch = []
+        self._ready: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
-    def compute(self, rows: StepRows, wants_stop: bool) -> tuple[float, bool]:
-        """Adds the gradient of a step to `.grad`.
+    def compute(self, rows: StepRows, wants_stop: bool) -> Tensor:
+        """Adds the gradient of a step to `.grad`, and does not wait for the device.
 
         Args:
             rows: Of the step, over all processes.
             wants_stop: Whether this process was asked to stop.
 
         Returns:
-            Mean loss over the step's target tokens, and whether any process was asked to stop.
+            Float64 of shape (2,): mean loss over the step's target tokens, and how many processes were asked to stop.
 
         Raises:
             OutOfMemoryError: When a single row does not fit.
         """
         mine = rows.micro_batches[self._rank :: self._processes]
-        loss = self._until_it_fits(lambda: self._accumulate(mine, 1.0 / max(1, rows.targets)))
-        figures = torch.stack([loss, loss.new_tensor(float(wants_stop))])
+        scale = 1.0 / max(1, rows.targets)
+        loss = self._until_it_fits(lambda: self._accumulate(mine, scale))
+        figures = torch.stack([loss * scale, torch.full_like(loss, float(wants_stop))])
         if self._processes > 1:
             dist.all_reduce(figures)
             sum_gradients(self._model)
-        loss_sum, stop = figures.tolist()
-        return loss_sum / max(1, rows.targets), stop > 0
+        return figures
+
+    def prepare(self, rows: StepRows) -> None:
+        """Collates the batches of a later step now, while the device is busy."""
+        self._ready.clear()
+        for micro in rows.micro_batches[self._rank :: self._processes]:
+            for piece in self._batches.cut(micro, self._counters.split_level):
+                self._ready[tuple(piece)] = self._batches.collate(piece, self._counters.split_level)
 
     def rehearse(self, micro: MicroBatch) -> None:
         """One micro-batch forward and backward; its gradient is the caller's to remove."""
@@ -96,7 +104,7 @@ class StepGradients:
         return total
 
     def _on_device(self, piece: MicroBatch) -> dict[str, Tensor]:
-        batch = self._batches.collate(piece, self._counters.split_level)
+        batch = self._ready.pop(tuple(piece), None) or self._batches.collate(piece, self._counters.split_level)
         if self._device.type != "cuda":
             return batch
         return {name: value.pin_memory().to(self._device, non_blocking=True) for name, value in batch.items()}

@@ -69,7 +69,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> dict[str, An
         values[str(number)] = {}
         for name, value in entries.items():
             if isinstance(value, Tensor):
-                tensors[f"{number}/{name}"] = value.detach().contiguous().cpu()
+                tensors[f"{number}/{name}"] = value.detach().to("cpu", copy=True).contiguous()  # some are shared
             else:
                 values[str(number)][name] = value
     save_file(tensors, path)

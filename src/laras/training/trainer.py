@@ -16,8 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from transformers import PrinterCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl
@@ -132,8 +133,11 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             rows = self.batches.step(epoch, index)
             self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
             started = time.monotonic()
-            loss, stop = self._gradients.compute(rows, bool(self._stop))
-            grad_norm = self._gradient_norm(model)
+            figures = self._gradients.compute(rows, bool(self._stop))
+            norm = self._gradient_norm(model)
+            if self.args.device.type == "cuda" and index + 1 < num_update_steps_per_epoch:
+                self._gradients.prepare(self.batches.step(epoch, index + 1))
+            loss, stop, grad_norm = torch.stack([*figures, norm.to(figures)]).tolist()  # waits for the device, once
             learned = self._accept(loss, grad_norm)
             self.control = self.callback_handler.on_pre_optimizer_step(self.args, self.state, self.control)
             self._optimizer_step(learned)
@@ -146,7 +150,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             self.counters.tokens += rows.tokens
             self.speed.step_done(time.monotonic() - started, rows.tokens)
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
-            self._after_step(loss, grad_norm, learning_rate, stop)
+            self._after_step(loss, grad_norm, learning_rate, stop > 0)
 
     def _begin_once(self) -> None:
         if self._begun:
@@ -164,9 +168,10 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             self.control.should_save = True  # the checkpoint of this step lacks the evaluation
             self._validate_and_save()
 
-    def _gradient_norm(self, model: nn.Module) -> float:
+    def _gradient_norm(self, model: nn.Module) -> Tensor:
         limit = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
-        return float(self.accelerator.clip_grad_norm_(model.parameters(), limit))
+        norm: Tensor = self.accelerator.clip_grad_norm_(model.parameters(), limit)
+        return norm
 
     def _accept(self, loss: float, grad_norm: float) -> bool:
         """Whether the step may reach the weights; counts it either way.

@@ -1,0 +1,112 @@
+"""A real CUDA out-of-memory, at training and at validation: the run ends where one with room does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import tiny_training as tiny
+from laras.models.step import TrainStep, eager_step
+from laras.records import RunResult
+from laras.training.run import run_training
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+ROWS, LENGTH = 32, 512
+
+
+def model() -> Any:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=32_000, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None,
+    )  # fmt: skip
+    whole = LlamaForCausalLM(config).cuda()
+    torch.manual_seed(1)
+    return get_peft_model(whole, LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+
+
+def rows(count: int, seed: int) -> Dataset:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(2, 32_000, (count, LENGTH), generator=generator).tolist()
+    return Dataset.from_dict({"input_ids": ids, "labels": ids})
+
+
+@pytest.fixture(autouse=True)
+def whole_memory() -> Iterator[None]:
+    yield
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    torch.cuda.empty_cache()
+
+
+def train(run_dir: Path, make_step: Any = None, **options: Any) -> tuple[RunResult, dict[str, torch.Tensor]]:
+    plan = tiny.plan(8, 2, max_length=LENGTH, per_device_eval_batch_size=8, learning_rate=1e-3)
+    plan = plan.model_copy(update={"hardware": plan.hardware.model_copy(update={"kind": "cuda"})})
+    trained = model()
+    result = run_training(
+        tiny.Scenario(config={"num_train_epochs": 3, "full_determinism": True}).run_config(), plan, trained,
+        tiny.tokenizer(), train_rows=rows(ROWS, 1), validation_rows=rows(8, 2), run_dir=run_dir,
+        observer=tiny.Recorder(), make_step=make_step, **options,
+    )  # fmt: skip
+    return result, {name: value.cpu() for name, value in tiny.parameters(trained).items()}
+
+
+def allow(extra_bytes: int) -> None:
+    """Lets this process allocate so much more than it holds."""
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + extra_bytes) / total)
+
+
+class Tightening:
+    """Takes the memory away in the second step."""
+
+    def __init__(self, extra_bytes: int) -> None:
+        self.extra_bytes, self.calls = extra_bytes, 0
+
+    def __call__(self, model: nn.Module) -> TrainStep:
+        inner = eager_step(model)
+
+        def step(batch: Any, scale: torch.Tensor) -> torch.Tensor:
+            self.calls += 1
+            if self.calls == 4:  # the second micro-batch of the second step
+                allow(self.extra_bytes)
+            return inner(batch, scale)
+
+        return step
+
+
+def test_a_run_that_really_runs_out_of_memory_ends_where_one_with_room_does(tmp_path: Path) -> None:
+    roomy, expected = train(tmp_path / "roomy", rehearse=False)
+    assert roomy.events == ()
+    # Logits of 8 x 512 tokens take 524 MB in float32, several times over: room for two rows, not for eight.
+    tight, found = train(tmp_path / "tight", Tightening(700 * 2**20), rehearse=False)
+    kinds = [event.detail for event in tight.events if event.kind == "out_of_memory"]
+    assert any("micro-batch 8 rows -> 4 rows" in detail for detail in kinds), tight.events
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=2e-2, atol=2e-4)
+    for one, other in zip(tiny.metrics(tmp_path / "roomy"), tiny.metrics(tmp_path / "tight"), strict=True):
+        assert one == pytest.approx(other, rel=2e-3)
+
+
+def test_the_rehearsal_finds_it_before_the_first_step_and_leaves_no_trace(tmp_path: Path) -> None:
+    _, expected = train(tmp_path / "plain", rehearse=False)
+    rehearsed, found = train(tmp_path / "rehearsed", rehearse=True)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert [event.kind for event in rehearsed.events] == ["rehearsal"]
+
+
+def test_a_resume_on_a_gpu_is_exact_in_deterministic_mode(tmp_path: Path) -> None:
+    _, expected = train(tmp_path / "run", rehearse=False)
+    final = (tmp_path / "run" / "final" / "adapter_model.safetensors").read_bytes()
+    _, found = train(tmp_path / "run", rehearse=False, resume_from=tmp_path / "run" / "checkpoints" / "step-3")
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert (tmp_path / "run" / "final" / "adapter_model.safetensors").read_bytes() == final
