@@ -9,8 +9,9 @@ from typing import Any
 from laras.planning.catalogue import NATIVE_BF16_SINCE, find_gpu, match_device_name
 from laras.records import HardwareSpec
 
-# Rates of a CPU differ by an order of magnitude; these are a modest core's (AVX2, 8 lanes, 2 FMA, ~2 GHz at 15%).
-_CPU_FLOPS_PER_CORE = 1e10
+# Rates of a CPU differ by an order of magnitude; this is what two AVX-512 cores reached each in the built-in example
+# (`make demo`: 60 steps of 4 rows, 2.8 s a step).
+_CPU_FLOPS_PER_CORE = 4e10
 _CPU_BANDWIDTH_BYTES_PER_S = 20e9
 # For a local GPU that the catalogue lacks: fp32 rate of one multiprocessor, 128 lanes x 2 operations x 1.5 GHz.
 _UNKNOWN_SM_FLOPS = 3.8e11
