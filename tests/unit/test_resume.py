@@ -61,8 +61,11 @@ def test_a_resume_from_a_named_step_takes_the_same_way(tmp_path: Path) -> None:
     train(tmp_path / "whole", SCENARIOS["padded"])
     expected = outcome(tmp_path / "whole")
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
-    train(tmp_path / "again", SCENARIOS["padded"], resume=3)
+    observer = Recorder()
+    train(tmp_path / "again", SCENARIOS["padded"], resume=3, observer=observer)
     assert outcome(tmp_path / "again") == expected
+    assert observer.warnings == ["later checkpoints are kept as step-6.left"]
+    assert [step for step, _ in list_checkpoints(tmp_path / "again" / "checkpoints")] == [3, 6]
     with pytest.raises(CheckpointError, match="no checkpoint of step 4"):
         train(tmp_path / "again", SCENARIOS["padded"], resume=4)
 

@@ -165,6 +165,21 @@ def set_aside(path: Path, problems: list[str]) -> Path:
     return aside
 
 
+def set_later_aside(folder: Path, step: int) -> list[Path]:
+    """Renames checkpoints beyond `step` to `step-N.left`: the run goes back and takes another way from there.
+
+    They would else count as the newest ones, and outlive those that the run saves now.
+    """
+    moved = []
+    for found, path in list_checkpoints(folder):
+        if found > step:
+            aside = path.with_name(f"{path.name}.left")
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
+            moved.append(aside)
+    return moved
+
+
 def damaged_checkpoints(folder: Path) -> list[tuple[int, str]]:
     """Step and reason of every checkpoint that was set aside, oldest step first."""
     found = []

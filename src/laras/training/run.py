@@ -30,6 +30,7 @@ from laras.training.checkpoints import (
     WRITE_ERRORS,
     checkpoint_problems,
     damaged_checkpoints,
+    set_later_aside,
     unwritable,
     verify_checkpoint,
     write_whole,
@@ -201,6 +202,10 @@ class _Run:
                 )
         if resume_from is not None:
             step = _step_of(resume_from)
+            if trainer.is_world_process_zero():
+                later = set_later_aside(resume_from.parent, step)
+                if later:
+                    self._observer.warning(f"later checkpoints are kept as {', '.join(path.name for path in later)}")
             event = RunEvent(step=step, kind="resume", detail=f"went on from {resume_from.name}")
             trainer.counters.events.append(event.model_dump())
 
@@ -217,9 +222,8 @@ class _Run:
             return
         try:
             if counters.best_step is not None:
-                if not (self._run_dir / "best").is_dir() or checkpoint_problems(self._run_dir / "best"):
-                    _publish(best, self._run_dir / "best")
-                _publish(best, self._run_dir / "final")
+                for name in ("best", "final"):  # after a way back, `best/` may be of the way that was left
+                    _publish(best, self._run_dir / name)
             else:
                 write_whole(self._run_dir / "final", lambda aside: write_model(trainer.model, self._tokenizer, aside))
         except WRITE_ERRORS as error:

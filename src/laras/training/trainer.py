@@ -25,7 +25,7 @@ from transformers.trainer_callback import TrainerControl
 from transformers.trainer_utils import TrainOutput
 from trl import SFTTrainer
 
-from laras.errors import TrainingAborted
+from laras.errors import ConfigError, TrainingAborted
 from laras.evaluation.evaluator import evaluate_split
 from laras.evaluation.metrics import score_of
 from laras.models.step import TrainStep
@@ -84,6 +84,11 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             parameter: parameter.data for parameter in sft_arguments["model"].parameters() if parameter.requires_grad
         }
         super().__init__(**sft_arguments)
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ConfigError(
+                "gradients and checkpoints of FSDP and DeepSpeed are not handled yet",
+                hint="launch without them: each process then holds the whole model (torchrun, accelerate launch)",
+            )
         self.remove_callback(PrinterCallback)  # standard output is for data
         for parameter, data in trained.items():  # upstream rounds the adapters of a quantised model to bf16
             parameter.data = data.to(parameter.device)
