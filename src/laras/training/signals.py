@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+from laras.progress import Observer
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)  # not on Windows
@@ -43,3 +45,15 @@ def stop_on_signals() -> Iterator[StopRequest]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+class StoppableProgress(Observer):
+    """Passes progress on, and asks at every batch whether to go on."""
+
+    def __init__(self, inner: Observer, check: Callable[[], None]) -> None:
+        self._inner, self._check = inner, check
+
+    def stage_progress(self, done: int, total: int | None, unit: str) -> None:
+        """Passed on, then the check, which may raise."""
+        self._inner.stage_progress(done, total, unit)
+        self._check()

@@ -38,7 +38,7 @@ from laras.training.checkpoints import remove_old_checkpoints, save_checkpoint
 from laras.training.drift import Identity
 from laras.training.gradients import StepGradients
 from laras.training.rehearsal import rehearse
-from laras.training.signals import StopRequest
+from laras.training.signals import StoppableProgress, StopRequest
 from laras.training.speed import Speed
 
 
@@ -264,7 +264,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         """Exact loss, perplexity and token accuracy on the validation split."""
         score = self._score(
             self.eval_dataset if eval_dataset is None else eval_dataset,
-            _StoppableProgress(self._observer, self._may_stop_evaluation),
+            StoppableProgress(self._observer, self._may_stop_evaluation),
         )
         metrics = {
             f"{metric_key_prefix}_loss": score.loss,
@@ -398,14 +398,3 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         """Loaded with the optimizer."""
-
-
-class _StoppableProgress(Observer):
-    """Passes progress on, and asks at every batch whether to go on."""
-
-    def __init__(self, inner: Observer, check: Callable[[], None]) -> None:
-        self._inner, self._check = inner, check
-
-    def stage_progress(self, done: int, total: int | None, unit: str) -> None:
-        self._inner.stage_progress(done, total, unit)
-        self._check()
