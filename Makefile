@@ -7,7 +7,7 @@ export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_DISABLE_TELEMETRY := 1
 
-.PHONY: demo install install-dev test check unit docs clean
+.PHONY: demo install install-dev test check unit faults docs clean
 
 # The built-in example: a real 135M-parameter model learns functions of the standard library, and is scored.
 demo: install
@@ -47,6 +47,10 @@ unit: install-dev
 docs: install
 	$(BIN)/python -m pip install -q -c requirements.lock --group docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The long sweeps of the fault promises; counts go to benchmarks/results/faults.json.
+faults: install-dev
+	$(BIN)/python benchmarks/faults.py
 
 clean:
 	rm -rf $(VENV) build dist site src/*.egg-info
