@@ -124,7 +124,7 @@ def train(config: RunConfig, observer: Observer | None = None, *, given: str | N
         return _write_run(config, given, prepared, chosen)
 
     run = RunDir(Path(_from_rank_zero(lambda: str(start().path))))
-    return _run_training(run, observer, resume_from=None)
+    return _run_training(run, observer, lambda: None)
 
 
 def resume(run_dir: Path | str, observer: Observer | None = None, *, checkpoint: int | None = None) -> TrainOutcome:
@@ -139,8 +139,7 @@ def resume(run_dir: Path | str, observer: Observer | None = None, *, checkpoint:
     observer = observer if observer is not None and _rank() == 0 else Observer()
     run = RunDir(Path(run_dir))
     run.load_config()
-    resume_from = _from_rank_zero(lambda: choose_checkpoint(run.path, checkpoint, observer))
-    return _run_training(run, observer, resume_from=resume_from)
+    return _run_training(run, observer, lambda: choose_checkpoint(run.path, checkpoint, observer))
 
 
 def test(
@@ -341,13 +340,15 @@ def _environment(hardware: HardwareSpec) -> Environment:
     )
 
 
-def _run_training(run: RunDir, observer: Observer, resume_from: Path | None) -> TrainOutcome:
+def _run_training(run: RunDir, observer: Observer, choose: Callable[[], Path | None]) -> TrainOutcome:
+    """Trains as the owner of the run; `choose` may set damaged checkpoints aside, so it is asked only then."""
     from laras.data.store import read_tokens
     from laras.models.build import build_model
     from laras.training.run import run_training
 
     config, chosen = run.load_config(), TrainPlan.load(run.path)
     with hold(run) if _rank() == 0 else nullcontext():
+        resume_from = _from_rank_zero(choose)
         tokenizer = _load_tokenizer(config)
         observer.stage_started("loading the model")
         model = build_model(config, chosen.choices, str(_device()), observer)

@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from laras.config import RunConfig, config_to_yaml
 from laras.errors import ExitCode
+from laras.records import TrainPlan
+from laras.rundir import create_run_dir, hold
 from tiny_models import base_model
 
 WORDS = ["sea", "sun", "tree", "salt", "rain", "road", "bird", "snow", "lamp", "door", "fish", "wind"]
@@ -74,7 +77,7 @@ def test_train_leaves_the_run_directory_that_is_documented(workplace: Path) -> N
 
 
 def test_records_form_a_chain_of_digests(workplace: Path) -> None:
-    from laras.records import DatasetProfile, RunResult, SplitManifest, TrainPlan
+    from laras.records import DatasetProfile, RunResult, SplitManifest
 
     run = workplace / "runs" / "first"
     profile, split, plan = DatasetProfile.load(run), SplitManifest.load(run), TrainPlan.load(run)
@@ -164,3 +167,15 @@ def test_a_finished_run_is_not_resumed(workplace: Path) -> None:
     done = laras("resume", "runs/first", cwd=workplace)
     assert done.returncode == ExitCode.RUN_STATE
     assert "finished" in done.stderr
+
+
+def test_a_resume_of_a_run_in_use_touches_none_of_its_checkpoints(workplace: Path) -> None:
+    run = create_run_dir(RunConfig(output_dir=str(workplace / "runs"), run_name="held"))
+    run.config.write_text(config_to_yaml(RunConfig(run_name="held")), encoding="utf-8")
+    TrainPlan.load(workplace / "runs" / "first").save(run.path)
+    (run.checkpoints / "step-1").mkdir(parents=True)  # whoever resumes would set it aside as damaged
+    with hold(run):
+        done = laras("resume", "runs/held", cwd=workplace)
+    assert done.returncode == ExitCode.RUN_STATE
+    assert "is in use by process" in done.stderr
+    assert [path.name for path in run.checkpoints.iterdir()] == ["step-1"]

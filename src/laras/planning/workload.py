@@ -7,9 +7,8 @@ from itertools import pairwise
 from math import ceil
 
 from laras.config import RunConfig
+from laras.data.analyze import planned_max_length
 from laras.records import DatasetProfile, LengthStats, ModelSpec, SplitManifest
-
-_MULTIPLE = 128  # lengths are planned in multiples of this
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def workload(
     """The data of a run, or examples that are all `max_length` long where there is none."""
     cap = min(config.max_length, spec.max_position_embeddings)
     longest = profile.tokens.max if profile and profile.tokens.max else cap
-    length = min(cap, ceil(longest / _MULTIPLE) * _MULTIPLE)
+    length = planned_max_length(longest, config.max_length, spec.max_position_embeddings)
     stats = manifest.train.tokens if manifest else profile.tokens if profile else None
     if stats is None or not stats.rows or not stats.mean:
         return Workload(length, length, length, 0, config.effective_batch_size * length, 0, 1.0, None)
