@@ -127,3 +127,15 @@ def test_the_tokenizer_can_pad_and_takes_another_template(model_dir, tmp_path):
     assert tokenizer.apply_chat_template([{"role": "user", "content": "a"}], tokenize=False) == "a!"
     with pytest.raises(ConfigError, match="not a file"):
         load_tokenizer(str(model_dir), chat_template=tmp_path / "absent.jinja")
+
+
+def test_4bit_weights_stay_what_they_are_when_a_cpu_evaluates(tmp_path):
+    from tiny_models import base_model
+
+    model = load_model(str(base_model("llama", tmp_path)), precision="bf16", load_in_4bit=True).eval()
+    layers = [module for module in model.modules() if hasattr(module, "support_avx512bf16_for_cpu")]
+    before = [layer.weight.data.clone() for layer in layers]
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
+    assert all(torch.equal(layer.weight.data, weight) for layer, weight in zip(layers, before, strict=True))

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -137,7 +138,20 @@ def load_model(
             f"the weights of model_name_or_path {source!r} lack {len(missing)} tensors, such as {missing[0]}",
             hint="download the model again; its safetensors files do not fit its config.json",
         )
+    keep_4bit_exact(model)
     return model  # type: ignore[no-any-return]
+
+
+def keep_4bit_exact(model: nn.Module) -> None:
+    """Stops bitsandbytes from repacking 4-bit weights on a CPU: rounded anew, and without a gradient.
+
+    It does so at the first evaluation on CPUs with AVX512-BF16, so that a score would not be that of the trained model.
+
+    Source: bitsandbytes 0.50.2, `nn.Linear4bit.forward`.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            setattr(module, "support_avx512bf16_for_cpu", False)  # noqa: B010 - no attribute that torch.nn knows
 
 
 def _quantization(precision: Precision, load_in_4bit: bool, load_in_8bit: bool) -> BitsAndBytesConfig | None:

@@ -28,6 +28,7 @@ from trl import SFTTrainer
 from laras.errors import ConfigError, TrainingAborted
 from laras.evaluation.evaluator import evaluate_split
 from laras.evaluation.metrics import score_of
+from laras.models.loader import keep_4bit_exact
 from laras.models.step import TrainStep
 from laras.progress import Observer, StepReport, ValidationReport
 from laras.records import RunEvent, SplitScore
@@ -92,10 +93,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         self.remove_callback(PrinterCallback)  # standard output is for data
         for parameter, data in trained.items():  # upstream rounds the adapters of a quantised model to bf16
             parameter.data = data.to(parameter.device)
-        for module in self.model.modules():
-            # On some CPUs bitsandbytes repacks 4-bit weights at the first evaluation: rounded, and without a gradient.
-            if hasattr(module, "support_avx512bf16_for_cpu"):
-                module.support_avx512bf16_for_cpu = False
+        keep_4bit_exact(self.model)
         self.counters, self.batches, self.memory = counters, batches, memory
         self._checkpoints, self._observer = checkpoints, observer
         self._identity, self._stop, self._max_skipped_steps = identity, stop, max_skipped_steps
