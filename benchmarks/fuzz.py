@@ -29,7 +29,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from laras.config import RunConfig, config_to_yaml, load_config
+from laras.config import RunConfig
+from laras.config_file import config_to_yaml, load_config
 from laras.data.formats import detect_layout, normalize_row
 from laras.data.read import file_rows
 from laras.data.sealed import read_openings

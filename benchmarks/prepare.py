@@ -73,7 +73,7 @@ def _since(start: Seconds) -> Seconds:
 
 
 def time_laras(path: Path, tokenizer: object) -> Seconds:
-    from laras.config import load_config
+    from laras.config_file import load_config
     from laras.data.prepare import prepare_dataset
     from laras.progress import Observer
 

@@ -43,7 +43,8 @@ def on_page_content(content: str, **_: Any) -> str:
 
 def config_page() -> str:
     """Every key of the configuration."""
-    from laras.config import FOREIGN_KEYS, PROFILES
+    from laras.config import PROFILES
+    from laras.config_file import FOREIGN_KEYS
     from laras.schema import SCHEMA_URL, config_schema
 
     schema = config_schema()

@@ -7,7 +7,8 @@ import math
 import random
 from pathlib import Path
 
-from laras.config import RunConfig, config_to_yaml
+from laras.config import RunConfig
+from laras.config_file import config_to_yaml
 from laras.records import (
     Alternative,
     BestCheckpoint,

@@ -11,7 +11,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from example_run import choices, model_spec, write_example_run
-from laras.config import RunConfig, config_to_yaml
+from laras.config import RunConfig
+from laras.config_file import config_to_yaml
 from laras.data.store import token_table, write_tokens
 from laras.records import RunResult, TrainPlan
 

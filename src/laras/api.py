@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from laras import pipeline
-from laras.config import RunConfig, load_config
+from laras.config import RunConfig
+from laras.config_file import load_config
 from laras.pipeline import Inspection, TrainOutcome
 from laras.progress import Observer
 from laras.records import EvalResult, TrainPlan

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from laras import __version__
-from laras.config import RunConfig, config_to_yaml
+from laras.config import RunConfig
+from laras.config_file import config_to_yaml
 from laras.errors import LarasError, PlanError
 from laras.progress import Observer
 from laras.records import (

@@ -26,7 +26,8 @@ from typing import TypeVar
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
-from laras.config import RunConfig, load_config
+from laras.config import RunConfig
+from laras.config_file import load_config
 from laras.errors import ConfigError, RunStateError
 from laras.records import (
     BestCheckpoint,

@@ -9,7 +9,8 @@ import json
 import sys
 from typing import Any
 
-from laras.config import ALIASES, RunConfig
+from laras.config import RunConfig
+from laras.config_file import ALIASES
 
 SCHEMA_URL = "https://raw.githubusercontent.com/laras-tune/laras/main/src/laras/resources/laras.schema.json"
 

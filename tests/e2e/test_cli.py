@@ -6,7 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from laras.config import RunConfig, load_config
+from laras.config import RunConfig
+from laras.config_file import load_config
 
 
 def laras(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

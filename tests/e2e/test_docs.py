@@ -28,7 +28,7 @@ from typer.testing import CliRunner
 
 import laras
 from laras.cli.main import app
-from laras.config import load_config
+from laras.config_file import load_config
 from laras.data.formats import detect_layout, normalize_row
 from laras.errors import TrainingInterrupted
 from tiny_models import base_model

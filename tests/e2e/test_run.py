@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from laras.config import RunConfig, config_to_yaml
+from laras.config import RunConfig
+from laras.config_file import config_to_yaml
 from laras.errors import ExitCode
 from laras.records import TrainPlan
 from laras.rundir import create_run_dir, hold

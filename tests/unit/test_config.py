@@ -9,7 +9,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laras.config import ALIASES, FOREIGN_KEYS, PROFILES, RunConfig, config_to_yaml, load_config
+from laras.config import PROFILES, RunConfig
+from laras.config_file import ALIASES, FOREIGN_KEYS, config_to_yaml, load_config
 from laras.errors import ConfigError, ExitCode
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from laras.config import load_config
+from laras.config_file import load_config
 from laras.errors import ConfigError, ExitCode
 from laras.rundir import RunDir, create_run_dir
 

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from laras.config import RunConfig, config_to_yaml
+from laras.config import RunConfig
+from laras.config_file import config_to_yaml
 from laras.errors import ExitCode, RunStateError
 from laras.records import BestCheckpoint, EvalResult, Measured, RunResult, RunStatus, SplitScore
 from laras.rundir import RunDir, create_run_dir, hold, list_runs, read_holder, run_status

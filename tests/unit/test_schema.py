@@ -10,7 +10,8 @@ import yaml
 from jsonschema import Draft202012Validator
 from pydantic import BaseModel
 
-from laras.config import ALIASES, PROFILES, DatasetFiles, RunConfig, SplitConfig
+from laras.config import PROFILES, DatasetFiles, RunConfig, SplitConfig
+from laras.config_file import ALIASES
 from laras.schema import SCHEMA_URL, config_schema, schema_text
 
 

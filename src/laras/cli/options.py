@@ -10,7 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
-from laras.config import RunConfig, load_config
+from laras.config import RunConfig
+from laras.config_file import load_config
 from laras.errors import ConfigError
 
 # Options that the verb does not know are overrides of the configuration.

@@ -8,7 +8,7 @@ import typer
 
 from laras.cli.options import ConfigArguments, JsonOption, print_json, split_arguments
 from laras.cli.view import duration, open_view
-from laras.config import load_config
+from laras.config_file import load_config
 from laras.errors import ExitCode
 from laras.records import TrainPlan
 

@@ -12,7 +12,7 @@ from jinja2 import Environment as Templates
 from jinja2 import PackageLoader, StrictUndefined
 
 from laras import __version__
-from laras.config import config_to_yaml
+from laras.config_file import config_to_yaml
 from laras.errors import ConfigError, RunStateError
 from laras.records import write_atomically
 from laras.reporting import charts, formatting
