@@ -96,18 +96,45 @@ def test_an_absent_tracker_is_announced_once_and_the_others_work(
     assert list((tmp_path / "logs" / "tensorboard").iterdir())
 
 
-def test_tensorboard_shows_every_finite_metric_once_resumes_included(tmp_path: Path) -> None:
+def tensorboard_events(run_dir: Path) -> Any:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    events = EventAccumulator(str(run_dir / "logs" / "tensorboard"))
+    events.Reload()
+    return events
+
+
+def test_tensorboard_shows_every_finite_metric_once_resumes_included(tmp_path: Path) -> None:
     scenario = Scenario(8, 1, config={"report_to": ["tensorboard"]})
     train(tmp_path, scenario)
-    train(tmp_path, scenario, resume=3)
-    events = EventAccumulator(str(tmp_path / "logs" / "tensorboard"))
-    events.Reload()
+    # A clock that was ahead then: the name sorts behind that of any later session, as it may within one second.
+    (written,) = (tmp_path / "logs" / "tensorboard").iterdir()
+    written.rename(written.with_name("events.out.tfevents.4102444800.host.99999.9"))
+    for _ in range(2):
+        train(tmp_path, scenario, resume=3)
+    events = tensorboard_events(tmp_path)
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Scalars("eval_loss")] == [3, 6]
     expected = {line["step"]: line["loss"] for line in tiny.metrics(tmp_path) if "loss" in line}
     assert {event.step: event.value for event in events.Scalars("loss")} == pytest.approx(expected)
+
+
+def test_many_sessions_within_a_second_are_read_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "logs" / "tensorboard"
+    now = time.time()
+    for pid, first_step in enumerate((0, 2, 1, 3, 0)):
+        monkeypatch.setattr("os.getpid", lambda pid=pid: 20 - 3 * pid)  # names sort against the order of the sessions
+        with monkeypatch.context() as clock:
+            clock.setattr("time.time", lambda: now)
+            tracker = trackers_module.TensorBoard(folder, first_step)
+            tracker.start()
+        for step in range(first_step + 1, 5):
+            tracker.log({"loss": 10 * pid + step}, step)
+        tracker.finish()
+        if first_step == 3:
+            seen = [event.value for event in tensorboard_events(tmp_path).Scalars("loss")]
+            assert seen == [1, 22, 23, 34]
+    assert [event.value for event in tensorboard_events(tmp_path).Scalars("loss")] == [41, 42, 43, 44]
 
 
 def test_values_that_are_no_finite_numbers_are_left_to_the_metrics_file() -> None:

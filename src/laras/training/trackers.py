@@ -12,6 +12,7 @@ import math
 import netrc
 import os
 import queue
+import re
 import secrets
 import sys
 import threading
@@ -38,6 +39,8 @@ _WANDB_INIT_S = 5.0
 _NOWHERE = "http://127.0.0.1:9"  # the discard port: refused at once
 _QUEUE_LENGTH = 10_000  # metrics lines that a slow tracker may lag behind
 _IDS_NAME = "trackers.json"
+_EVENTS = "events.out.tfevents."
+_SET_BACK = re.compile(r"^0\d{9}\.")
 
 Metrics = dict[str, float]
 
@@ -67,10 +70,12 @@ class TensorBoard:
         self._writer: Any = None
 
     def start(self) -> str | None:
-        """Opens a file; what another session wrote beyond the step of the resume is hidden by it."""
+        """Opens a file; what other sessions wrote beyond the step of the resume is hidden by it."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(self._folder), purge_step=self._first_step + 1 if self._first_step else None)
+        earlier = _set_back_event_files(self._folder)
+        hidden_from = self._first_step + 1 if self._first_step else 0
+        self._writer = SummaryWriter(str(self._folder), purge_step=hidden_from if earlier else None)
         return None
 
     def log(self, metrics: Metrics, step: int) -> None:
@@ -299,6 +304,21 @@ def build_trackers(config: RunConfig, run_dir: Path, first_step: int, observer: 
         else:
             trackers.append(makers[name]())
     return Trackers(trackers, observer)
+
+
+def _set_back_event_files(folder: Path) -> int:
+    """Sees to it that the next event file is read after all that are there; returns how many these are.
+
+    TensorBoard reads the files of a folder in the order of their names, which begin with the second of their opening.
+    Where that order could fail (two sessions within a second, a clock that was set back), the files there get their
+    place in that order before their second: a number that begins with 0, as no second does until the year 2286.
+    """
+    names = sorted(path.name for path in folder.glob(f"{_EVENTS}*"))
+    if names and names[-1] >= f"{_EVENTS}{int(time.time()):010d}":
+        for place, name in enumerate(names):
+            rest = _SET_BACK.sub("", name.removeprefix(_EVENTS))
+            (folder / name).rename(folder / f"{_EVENTS}{place:010d}.{rest}")
+    return len(names)
 
 
 def _run_id(run_dir: Path, name: str) -> str:
