@@ -73,7 +73,8 @@ def inspect(config: RunConfig, observer: Observer | None = None) -> Inspection:
         ConfigError: The model or its tokenizer cannot be loaded.
         DataError: With every problem of the data at once.
     """
-    prepared = _prepare(config, _load_tokenizer(config), observer or Observer())
+    observer = observer or Observer()
+    prepared = _prepare(config, _load_tokenizer(config, observer), observer)
     return Inspection(prepared.profile, prepared.manifest)
 
 
@@ -97,7 +98,7 @@ def plan(config: RunConfig, observer: Observer | None = None) -> TrainPlan:
         observer.warning(
             f"{config.model_name_or_path} brings no tokenizer: planned for examples of {config.max_length} tokens"
         )
-    prepared = None if model_only or bare else _prepare(config, _load_tokenizer(config), observer)
+    prepared = None if model_only or bare else _prepare(config, _load_tokenizer(config, observer), observer)
     return _plan(config, prepared, observer)
 
 
@@ -119,7 +120,8 @@ def train(config: RunConfig, observer: Observer | None = None, *, given: str | N
     observer = observer if observer is not None and _rank() == 0 else Observer()
 
     def start() -> RunDir:
-        prepared = _prepare(config, _load_tokenizer(config), observer)
+        prepared = _prepare(config, _load_tokenizer(config, observer), observer)
+        observer.message(_division(prepared.manifest))
         chosen = _plan(config, prepared, observer)
         _require_fit(chosen)
         return _write_run(config, given, prepared, chosen)
@@ -252,7 +254,8 @@ def outcome_json(outcome: TrainOutcome) -> dict[str, Any]:
     }
 
 
-def _load_tokenizer(config: RunConfig) -> PreTrainedTokenizerBase:
+def _load_tokenizer(config: RunConfig, observer: Observer) -> PreTrainedTokenizerBase:
+    observer.stage_started("loading the tokenizer")
     from laras.models.loader import load_tokenizer
 
     return load_tokenizer(
@@ -268,6 +271,13 @@ def _prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase, observer: Ob
 
     spec = _load_spec(config)
     return prepare_dataset(config, tokenizer, spec.max_position_embeddings, observer)
+
+
+def _division(manifest: SplitManifest) -> str:
+    rows = manifest.train.rows, manifest.validation.rows, manifest.test.rows
+    return (
+        f"{sum(rows):,} examples: {rows[0]:,} to learn from, {rows[1]:,} to validate, {rows[2]:,} sealed for the test"
+    )
 
 
 def _load_spec(config: RunConfig) -> Any:
@@ -350,7 +360,7 @@ def _run_training(run: RunDir, observer: Observer, choose: Callable[[], Path | N
     config, chosen = run.load_config(), TrainPlan.load(run.path)
     with hold(run) if _rank() == 0 else nullcontext():
         resume_from = _from_rank_zero(choose)
-        tokenizer = _load_tokenizer(config)
+        tokenizer = _load_tokenizer(config, observer)
         observer.stage_started("loading the model")
         model = build_model(config, chosen.choices, str(_device()), observer)
         result = run_training(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -82,7 +83,7 @@ def test_plain_progress_is_a_line_every_few_seconds_and_the_last_step(
     lines = capsys.readouterr().err.splitlines()
     assert lines[:3] == ["reading", "  reading: 5 of 12 rows", "  reading: 10 of 12 rows"]
     assert len(lines) == 4
-    assert "10/10" in lines[3] and "loss -" in lines[3] and "3.0 GiB of 4.0 GiB planned" in lines[3]
+    assert "10/10" in lines[3] and "loss -" in lines[3] and "memory 3.0 GiB of 4.0 GiB" in lines[3]
 
 
 def test_live_view_keeps_lines_above_one_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,3 +109,26 @@ def test_live_view_keeps_lines_above_one_that_moves(monkeypatch: pytest.MonkeyPa
 
 def test_the_live_view_is_for_terminals_only() -> None:
     assert isinstance(open_view(), PlainView)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_a_narrow_terminal_cuts_the_least_important_numbers_only(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.StringIO()
+    monkeypatch.setattr(
+        view_module, "Console", lambda **_: Console(file=shown, width=columns, force_terminal=True, color_system=None)
+    )
+    with LiveView() as view:
+        view._begin("training", 10)
+        view.step_finished(report(3))
+        view._progress.refresh()
+    line = next(text for text in reversed(shown.getvalue().splitlines()) if "loss" in text)
+    assert "training" in line and "3/10  loss 1.2500" in line
+    assert ("1 min 15 s left" in line) == (columns >= 80) and ("memory 3.0 GiB of 4.0 GiB" in line) == (columns >= 120)
+
+
+def test_plain_lines_break_a_long_silence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(view_module, "_SILENCE_S", 0.5)
+    with PlainView() as view:
+        view.stage_started("loading the model")
+        time.sleep(1.6)
+    assert "  loading the model: 1 s so far" in capsys.readouterr().err.splitlines()

@@ -6,17 +6,21 @@ Words carry the meaning; colour only repeats it.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Column
 
 from laras.progress import Observer, StepReport, ValidationReport
 from laras.records import TrainPlan
 
 _PLAIN_INTERVAL_S = 5.0
+_SILENCE_S = 30.0
+_BAR_COLUMNS = 10
 
 
 class View(Observer):
@@ -73,38 +77,64 @@ class View(Observer):
 
 
 class PlainView(View):
-    """Lines, at most one every few seconds for progress; for logs and pipes."""
+    """Lines, at most one every few seconds for progress, and a sign of life in a long silence; for logs and pipes."""
 
     def __init__(self) -> None:
         self._stage = ""
-        self._last_s = 0.0
+        self._last_s = self._line_s = self._stage_s = time.monotonic()
+        self._ended = threading.Event()
+        self._watch = threading.Thread(target=self._break_silence, name="view", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._watch.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._watch.join()
 
     def line(self, text: str, style: str | None = None) -> None:
         """One line, written at once."""
+        self._line_s = time.monotonic()
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
     def stage_started(self, name: str) -> None:
         """See `Observer`."""
         self._stage = name
-        self._last_s = time.monotonic()
+        self._last_s = self._stage_s = time.monotonic()
         self.line(name)
 
     def training_started(self, plan: TrainPlan, first_step: int) -> None:
         """See `Observer`."""
         super().training_started(plan, first_step)
-        self._stage = "validating"  # what reports its progress between steps
+        self._stage, self._stage_s = "training", time.monotonic()
 
     def stage_progress(self, done: int, total: int | None, unit: str) -> None:
         """See `Observer`."""
         if self._is_time():
             of = f" of {total:,}" if total else ""
-            self.line(f"  {self._stage}: {done:,}{of} {unit}")
+            # What reports its progress between steps is a validation.
+            stage = "validating" if self._stage == "training" else self._stage
+            self.line(f"  {stage}: {done:,}{of} {unit}")
 
     def step_finished(self, report: StepReport) -> None:
         """See `Observer`."""
         if self._is_time() or report.step == report.total_steps:
             self.line(f"step {report.step:>5}/{report.total_steps}  {_numbers(report)}")
+
+    def training_finished(self, status: str) -> None:
+        """See `Observer`."""
+        super().training_finished(status)
+        self._stage = ""
+
+    def _break_silence(self) -> None:
+        while not self._ended.wait(1):
+            now = time.monotonic()
+            if self._stage and now - self._line_s >= _SILENCE_S:
+                self.line(f"  {self._stage}: {duration(now - self._stage_s)} so far")
 
     def _is_time(self) -> bool:
         now = time.monotonic()
@@ -120,12 +150,14 @@ class LiveView(View):
     def __init__(self) -> None:
         self._progress = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(_BAR_COLUMNS),
+            TimeElapsedColumn(Column(no_wrap=True)),
+            # The last column is what a narrow terminal cuts.
+            TextColumn("{task.fields[numbers]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
             console=Console(stderr=True, highlight=False),
             transient=True,
+            expand=True,
         )
         self._task: TaskID | None = None
 
@@ -207,8 +239,9 @@ def size(size_bytes: float) -> str:
 
 
 def _numbers(report: StepReport) -> str:
+    """What matters most comes first: a narrow terminal cuts the rest."""
     loss = f"loss {report.loss:.4f}" if report.loss is not None else "loss -"
     return (
-        f"{loss}  {report.tokens_per_s:,.0f} tokens/s  memory {size(report.memory_bytes)} of "
-        f"{size(report.memory_planned_bytes)} planned  {duration(report.eta_s)} left"
+        f"{loss}  {duration(report.eta_s)} left  {report.tokens_per_s:,.0f} tokens/s  "
+        f"memory {size(report.memory_bytes)} of {size(report.memory_planned_bytes)}"
     )
