@@ -236,7 +236,7 @@ class MemoryEstimate(Value):
 
 
 class TimeEstimate(Value):
-    """Predicted duration."""
+    """Predicted duration: tokens a second in training, optimizer steps, and seconds for these and all validations."""
 
     tokens_per_s: float
     steps: int

@@ -7,7 +7,8 @@ from laras.errors import ConfigError
 from laras.planning.architecture import model_spec_from_config
 from laras.planning.catalogue import find_gpu
 from laras.planning.hardware import cpu_hardware
-from laras.planning.planner import plan_training
+from laras.planning.planner import _time, plan_training
+from laras.planning.workload import Workload
 
 
 def spec_of(hidden=4096, layers=32):
@@ -118,3 +119,9 @@ def test_a_cpu_trains_in_fp32_without_packing_or_4bit():
 
 def test_equal_inputs_give_equal_plans():
     assert plan().digest() == plan().digest()
+
+
+def test_the_predicted_time_includes_every_validation():
+    work = Workload(100, 50.0, 50.0, 100, step_tokens=200.0, validation_tokens=1000.0, target_share=1.0, stats=None)
+    # 10 steps of 200 tokens, and validations after 4, 8 and 10 that cost half as much a token.
+    assert _time(work, 10, 4, 100.0).total_s == pytest.approx((10 * 200 + 3 * 500) / 100)

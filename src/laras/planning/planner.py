@@ -94,7 +94,6 @@ def plan_training(
             f"needs {_gib(best.memory.train_peak_reserved_bytes)}, and {_gib(best.memory.device_budget_bytes)} may be "
             f"used on {hardware.gpu_name}"
         )
-    tokens = steps * work.step_tokens
     return TrainPlan(
         parent_digest=manifest.digest() if manifest else None,
         config_digest=digest_of(config.model_dump(mode="json")),
@@ -103,13 +102,19 @@ def plan_training(
         choices=choices,
         reasons=reasons,
         memory=best.memory,
-        time=TimeEstimate(tokens_per_s=best.tokens_per_s, steps=steps, total_s=tokens / best.tokens_per_s),
+        time=_time(work, steps, choices.eval_steps, best.tokens_per_s),
         total_steps=steps,
         fits=best.fits,
         alternatives=tuple(_alternative(one) for one in others[:5]),
         remedies=remedies,
         warnings=tuple(warnings),
     )
+
+
+def _time(work: Workload, steps: int, eval_steps: int, tokens_per_s: float) -> TimeEstimate:
+    validations = ceil(steps / eval_steps)  # one at every interval, and one at the end
+    tokens = steps * work.step_tokens + validations * _FORWARD_SHARE * work.validation_tokens
+    return TimeEstimate(tokens_per_s=tokens_per_s, steps=steps, total_s=tokens / tokens_per_s)
 
 
 def _choose(
