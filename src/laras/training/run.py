@@ -57,6 +57,7 @@ def run_training(
     resume_from: Path | None = None,
     make_step: Callable[[nn.Module], TrainStep] | None = None,
     rehearse: bool | None = None,
+    stop: StopRequest | None = None,
 ) -> RunResult:
     """Trains, validates, keeps the best, and writes `best/`, `final/` and the result record.
 
@@ -73,6 +74,7 @@ def run_training(
         resume_from: A checkpoint to go on from (`laras.training.resume.choose_checkpoint`).
         make_step: Makes the training step of the model on its device; None: as the plan says.
         rehearse: Try the largest batch before the first step; None: on a GPU.
+        stop: Through which others than signals may ask the run to stop.
 
     Raises:
         CheckpointError: When `resume_from` is damaged.
@@ -91,7 +93,7 @@ def run_training(
     if resume_from is not None:
         check_resume(resume_from, identity)
         counters = Counters.from_json(read_state(resume_from)["counters"])
-    with stop_on_signals() as stop:
+    with stop_on_signals(stop) as stop:
         run = _Run(config, plan, tokenizer, run_dir, observer)
         first_step = _step_of(resume_from)
         trainer = run.build_trainer(
@@ -177,7 +179,7 @@ class _Run:
             done = trainer.state.global_step >= trainer.state.max_steps or trainer.counters.stopped
             if stop and not (done and not trainer.counters.evaluation_due):
                 raise TrainingInterrupted(
-                    f"stopped by {stop.signal_name or 'another process'} after step {trainer.state.global_step}; "
+                    f"stopped by {stop.signal_name or stop.reason or 'another process'} after step {trainer.state.global_step}; "
                     "everything is saved",
                     hint=f"`laras resume {self._run_dir}` goes on from there",
                 )

@@ -1,4 +1,7 @@
-"""Signals that ask a run to stop: the step is finished and saved first; a second one ends the process at once."""
+"""How a run is asked to stop, by a signal or by whoever started it: the step is finished and saved first.
+
+A second signal ends the process at once.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,19 @@ SIGNALS = tuple(
 
 
 class StopRequest:
-    """Whether, and by which signal, the run was asked to stop."""
+    """Whether the run was asked to stop, and by what: the name of a signal, or a reason in a few words."""
 
     def __init__(self) -> None:
         self.signal_name: str | None = None
+        self.reason: str | None = None
+
+    def ask(self, reason: str) -> None:
+        """Asks as a signal does; the first reason stays."""
+        self.reason = self.reason or reason
+
+    def withdraw(self) -> None:
+        """Forgets what was asked, for the next run under the same request; a signal is not forgotten."""
+        self.reason = None
 
     def receive(self, number: int, frame: FrameType | None = None) -> None:
         """Notes the first signal; the second ends the process at once, which loses no checkpoint."""
@@ -29,13 +41,17 @@ class StopRequest:
         self.signal_name = signal.Signals(number).name
 
     def __bool__(self) -> bool:
-        return self.signal_name is not None
+        return self.signal_name is not None or self.reason is not None
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Turns signals into a request for the duration of the block. Only the main thread of a process can do that."""
-    request = StopRequest()
+def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]:
+    """Turns signals into a request for the duration of the block. Only the main thread of a process can do that.
+
+    Args:
+        request: One that others can ask through as well; None: a new one.
+    """
+    request = request if request is not None else StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return

@@ -322,6 +322,8 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             )
         )  # fmt: skip
         self.speed.evaluation_done(time.monotonic() - started)
+        if self._stop and self.args.world_size == 1:  # whoever saw this loss may have asked
+            self.control.should_training_stop = self.control.should_save = True
         if is_best or counters.stopped or self.control.should_save:
             saved = self._save_checkpoint(self.model, None)
             if is_best and self.is_world_process_zero():
