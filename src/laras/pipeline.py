@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from laras.data.prepare import PreparedData
+    from laras.training.signals import StopRequest
 
 _RECORDED_PACKAGES = (
     "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "unsloth", "triton",
@@ -102,13 +103,16 @@ def plan(config: RunConfig, observer: Observer | None = None) -> TrainPlan:
     return _plan(config, prepared, observer)
 
 
-def train(config: RunConfig, observer: Observer | None = None, *, given: str | None = None) -> TrainOutcome:
+def train(
+    config: RunConfig, observer: Observer | None = None, *, given: str | None = None, stop: StopRequest | None = None
+) -> TrainOutcome:
     """Prepares, plans, trains and keeps the best; the test set stays sealed.
 
     Args:
         config: What the user wants.
         observer: Is told what happens; on rank 0 only.
         given: The configuration file as the user wrote it, kept beside the resolved one.
+        stop: Through which others than signals may ask the run to stop.
 
     Raises:
         ConfigError: The model cannot be loaded or the run directory not made.
@@ -127,11 +131,17 @@ def train(config: RunConfig, observer: Observer | None = None, *, given: str | N
         return _write_run(config, given, prepared, chosen)
 
     run = RunDir(Path(_from_rank_zero(lambda: str(start().path))))
-    return _run_training(run, observer, lambda: None)
+    return _run_training(run, observer, lambda: None, stop)
 
 
-def resume(run_dir: Path | str, observer: Observer | None = None, *, checkpoint: int | None = None) -> TrainOutcome:
-    """Goes on from the newest good checkpoint of a run, or from a named one.
+def resume(
+    run_dir: Path | str,
+    observer: Observer | None = None,
+    *,
+    checkpoint: int | None = None,
+    stop: StopRequest | None = None,
+) -> TrainOutcome:
+    """Goes on from the newest good checkpoint of a run, or from a named one; `stop` as in `train`.
 
     Raises:
         RunStateError: This is no run, it is in use, has finished, or has drifted since the checkpoint.
@@ -142,7 +152,7 @@ def resume(run_dir: Path | str, observer: Observer | None = None, *, checkpoint:
     observer = observer if observer is not None and _rank() == 0 else Observer()
     run = RunDir(Path(run_dir))
     run.load_config()
-    return _run_training(run, observer, lambda: choose_checkpoint(run.path, checkpoint, observer))
+    return _run_training(run, observer, lambda: choose_checkpoint(run.path, checkpoint, observer), stop)
 
 
 def test(
@@ -351,7 +361,9 @@ def _environment(hardware: HardwareSpec) -> Environment:
     )
 
 
-def _run_training(run: RunDir, observer: Observer, choose: Callable[[], Path | None]) -> TrainOutcome:
+def _run_training(
+    run: RunDir, observer: Observer, choose: Callable[[], Path | None], stop: StopRequest | None
+) -> TrainOutcome:
     """Trains as the owner of the run; `choose` may set damaged checkpoints aside, so it is asked only then."""
     from laras.data.store import read_tokens
     from laras.models.build import build_model
@@ -373,6 +385,7 @@ def _run_training(run: RunDir, observer: Observer, choose: Callable[[], Path | N
             run_dir=run.path,
             observer=observer,
             resume_from=resume_from,
+            stop=stop,
         )
     if _rank() == 0:
         _write_report(run, observer)

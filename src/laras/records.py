@@ -389,6 +389,7 @@ class Opening(Value):
     purpose: str
     max_samples: int | None
     laras_version: str
+    validation_trials: int = 1  # trials of a sweep that the validation set chose this model among
 
 
 class EvalResult(Record):

@@ -140,7 +140,7 @@ def create_run_dir(config: RunConfig, now: datetime | None = None) -> RunDir:
         ConfigError: When the folder cannot be made.
     """
     day = (now or datetime.now(UTC)).strftime("%Y-%m-%d")
-    name = config.run_name or f"{day}-{_short_model_name(config.model_name_or_path)}-{secrets.token_hex(2)}"
+    name = config.run_name or f"{day}-{short_model_name(config.model_name_or_path)}-{secrets.token_hex(2)}"
     path = Path(config.output_dir).expanduser() / name
     try:
         path.mkdir(parents=True)
@@ -195,7 +195,7 @@ def read_holder(run: RunDir) -> Holder | None:
 
 def run_status(run: RunDir) -> RunStatus:
     """`running` while a process owns the directory, else how it ended; one that left no result was interrupted."""
-    if _is_held(run):
+    if is_held(run):
         return "running"
     try:
         status = RunResult.load(run.path).status
@@ -235,7 +235,8 @@ def _load_or_none(record: type[_R], path: Path) -> _R | None:
         return None
 
 
-def _is_held(run: RunDir) -> bool:
+def is_held(run: RunDir) -> bool:
+    """Whether a process owns the directory now."""
     if not (run.path / _LOCK_NAME).exists():
         return False
     lock = FileLock(run.path / _LOCK_NAME)
@@ -247,7 +248,7 @@ def _is_held(run: RunDir) -> bool:
     return False
 
 
-def _short_model_name(source: str) -> str:
+def short_model_name(source: str) -> str:
     """Last part of a path, Hub id or built-in name, safe as a part of a file name."""
     last = re.split(r"[/\\:]", source.rstrip("/\\"))[-1].lower()
     return re.sub(r"[^a-z0-9._-]+", "-", last).strip("-.")[:_MAX_MODEL_NAME_CHARS] or "model"
