@@ -1,0 +1,77 @@
+"""What a sweep is and what has come of its trials; read by the report, and by whoever guards the test set.
+
+runs/sweep-qwen2.5-coder-1.5b-a1b2c3/
+  base.yaml            the configuration that the trials vary, resolved; config.given.yaml as the user wrote it
+  laras.yaml           the configuration of the best trial, ready for `laras train`
+  study.sqlite3        Optuna's storage
+  records/*.json       profile and split, which all trials share, and sweep
+  trials/000/          one run directory a trial
+  report.html
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from laras.records import Record, Value
+
+TRIALS_FOLDER = "trials"
+BASE_CONFIG_NAME, BEST_CONFIG_NAME, STUDY_NAME = "base.yaml", "laras.yaml", "study.sqlite3"
+
+Setting = bool | int | float | str | None
+TrialStatus = Literal["running", "interrupted", "finished", "pruned", "failed"]
+
+
+class SweepParameter(Value):
+    """One key of the configuration and the values that are tried for it."""
+
+    name: str
+    kind: Literal["float", "int", "choice"]
+    low: int | float | None = None  # both ends belong to the range
+    high: int | float | None = None
+    log: bool = False
+    choices: tuple[Setting, ...] = ()
+
+
+class SweepTrial(Value):
+    """One trial: what was tried and how it went."""
+
+    number: int  # from 0
+    status: TrialStatus
+    values: dict[str, Setting]
+    eval_loss: float | None  # lowest validation loss, of a pruned trial until then
+    best_step: int | None
+    steps: int | None
+    reason: str | None  # why it was pruned or failed
+    result_digest: str | None  # of the run's result record
+
+
+class SweepRecord(Record):
+    """A search over the validation set; its parent is the split manifest that every trial shares."""
+
+    name: ClassVar[str] = "sweep"
+    config_digest: str  # of `base.yaml`
+    space: tuple[SweepParameter, ...]
+    seed: int
+    wanted_trials: int
+    status: Literal["running", "interrupted", "finished"]
+    trials: tuple[SweepTrial, ...] = ()
+    best: int | None = None  # number of the finished trial with the lowest validation loss so far
+    final: int | None = None  # the same when the sweep has ended: the one trial that the test set opens for
+
+
+def is_sweep(folder: Path) -> bool:
+    """Whether a folder holds the record of a sweep."""
+    return (folder / "records" / f"{SweepRecord.name}.json").is_file()
+
+
+def trial_dir(sweep_dir: Path, number: int) -> Path:
+    """The run directory of a trial."""
+    return sweep_dir / TRIALS_FOLDER / f"{number:03d}"
+
+
+def sweep_of(run_dir: Path) -> Path | None:
+    """The folder of the sweep that a run is a trial of; None for a run of its own."""
+    folder = run_dir.resolve().parent
+    return folder.parent if folder.name == TRIALS_FOLDER and is_sweep(folder.parent) else None

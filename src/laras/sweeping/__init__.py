@@ -1,0 +1,1 @@
+"""Searching settings by trials that the validation set alone compares."""
