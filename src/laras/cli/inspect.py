@@ -59,7 +59,6 @@ def _show(inspection: Inspection) -> None:
     lines += [f"{p.file}:{p.line}: {p.reason} ({p.action})" for p in profile.problems[:_SHOWN_PROBLEMS]]
     if len(profile.problems) > _SHOWN_PROBLEMS:
         lines.append(f"... and {len(profile.problems) - _SHOWN_PROBLEMS:,} more; --json lists all")
-    lines += [f"warning: {warning}" for warning in manifest.warnings]
     console.print("\n".join(lines), markup=False)
 
 
@@ -94,8 +93,8 @@ def _lengths_table(sets: Sequence[tuple[str, LengthStats]]) -> Table:
 def _histogram(stats: LengthStats) -> str:
     most = max(stats.histogram_counts, default=1)
     edges = stats.histogram_edges
-    lines = [
-        f"{low:>7,} to {high - 1:>7,}  {'#' * -(-count * _BAR_CHARS // most):<{_BAR_CHARS}}  {count:,}"
-        for low, high, count in zip(edges, edges[1:], stats.histogram_counts, strict=False)
-    ]
+    lines = []
+    for low, high, count in zip(edges, edges[1:], stats.histogram_counts, strict=False):
+        lengths = f"{low:,} to {high - 1:,}" if high - low > 1 else f"{low:,}"
+        lines.append(f"{lengths:>18}  {'#' * -(-count * _BAR_CHARS // most):<{_BAR_CHARS}}  {count:,}")
     return "\n".join(["", " tokens", *lines, ""])

@@ -27,11 +27,13 @@ def runs_command(
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    # The name of a run is for copying: never cut, whatever the width.
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption_justify="left")
+    table.caption = "base, tuned: perplexity on the sealed test set"
     for name in ("run", "status"):
         table.add_column(name, no_wrap=True, overflow="ignore")
-    for name in ("steps", "validation loss", "base perplexity", "tuned"):
-        table.add_column(name, justify="right")
+    for name in ("steps", "val. loss", "base", "tuned"):
+        table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         table.add_row(
             run.path,

@@ -123,7 +123,7 @@ def _size_warnings(rows: dict[SplitName, int], groups: Groups, all_rows: int) ->
     if few:
         counts = ", ".join(f"{rows[split]:,} {split}" for split in SPLITS)
         warnings.append(
-            f"{all_rows:,} rows are enough to split ({counts}) but few for {' and '.join(few)}: learning from fewer "
+            f"{all_rows:,} rows are enough to split ({counts}) but few for {', '.join(few)}: learning from fewer "
             f"than {FEW_TRAIN_ROWS} rows, or a score on fewer than {FEW_SCORED_ROWS}, says little"
         )
     if groups.largest > max(10, _LARGE_GROUP * all_rows):

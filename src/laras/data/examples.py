@@ -131,7 +131,9 @@ def _layout(config: RunConfig, first: list[_Placed]) -> Layout:
         raise DataError(
             f"all of the first {len(first):,} rows are bad" if len(first) >= DETECTION_ROWS else "all rows are bad",
             problems=problems,
-            hint="every row must be an object with the same fields",
+            hint="save the file as UTF-8"
+            if any("not UTF-8" in problem for problem in problems)
+            else "every row must be an object with the same fields",
         )
     try:
         found = detect_layout([str(column) for column in columns], config.dataset_format, config.columns)
