@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from laras.errors import ConfigError
-from laras.models.lora import attach_lora, count_parameters, linear_module_names, resolve_target_modules
+from laras.models.lora import attach_lora, linear_module_names, resolve_target_modules
 
 SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
@@ -15,6 +16,17 @@ SMALL = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidd
 def tiny(model_type: str, **more: object):
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **(SMALL | more)))
+
+
+def count_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trainable and total parameters; a packed 4-bit weight counts as the parameters that it stands for."""
+    trainable = total = 0
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)  # bitsandbytes keeps the shape before packing here
+        count = int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
 
 
 LLAMA = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}

@@ -6,7 +6,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from laras.models.step import IGNORE_INDEX, model_inputs, shifted_labels, summed_loss, target_losses
+from laras.data.masks import IGNORE_INDEX
+from laras.models.step import model_inputs, shifted_labels, summed_loss, target_losses
 
 
 @pytest.fixture(scope="module")

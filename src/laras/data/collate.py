@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from laras.data.masks import IGNORE_INDEX
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-IGNORE_INDEX = -100  # as in laras.models.step, which may not be imported from here
 PAD_TO_MULTIPLE_OF = 8  # tokens; tensor cores want it
 
 

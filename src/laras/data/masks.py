@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
-IGNORED_LABEL = -100  # Source: torch.nn.CrossEntropyLoss, default of `ignore_index`
+IGNORE_INDEX = -100  # Source: torch.nn.CrossEntropyLoss, default of `ignore_index`
 
 Message = Mapping[str, str]
 Span = tuple[int, int]

@@ -15,7 +15,7 @@ from itertools import pairwise
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from laras.data.collate import IGNORE_INDEX
+from laras.data.masks import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from torch import Tensor

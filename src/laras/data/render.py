@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from laras.data.masks import (
-    IGNORED_LABEL,
+    IGNORE_INDEX,
     Message,
     Span,
     SpecialTokens,
@@ -220,7 +220,7 @@ class Renderer:
         if draft.spans is None:
             labels = list(input_ids)
         else:
-            labels = [IGNORED_LABEL] * len(input_ids)
+            labels = [IGNORE_INDEX] * len(input_ids)
             for span in draft.spans:
                 first, stop = token_range(encoding, span, len(text))
                 labels[first:stop] = input_ids[first:stop]
@@ -228,7 +228,7 @@ class Renderer:
         # differently after a written token.
         if self._chat_template is None and self._bos and input_ids[:1] != [self._bos[0]]:
             bos_id, bos_text = self._bos
-            first_label = bos_id if draft.spans is None else IGNORED_LABEL
+            first_label = bos_id if draft.spans is None else IGNORE_INDEX
             input_ids, labels, text = [bos_id, *input_ids], [first_label, *labels], bos_text + text
         if not target_count(labels):
             return RenderProblem("no token of the example carries loss")
@@ -237,7 +237,7 @@ class Renderer:
 
 def target_count(labels: Sequence[int]) -> int:
     """Tokens that carry loss. The first token is predicted by nothing, so its label never counts."""
-    return max(0, len(labels) - 1 - labels[1:].count(IGNORED_LABEL))
+    return max(0, len(labels) - 1 - labels[1:].count(IGNORE_INDEX))
 
 
 def build_renderer(

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from laras.data.masks import IGNORED_LABEL
+from laras.data.masks import IGNORE_INDEX
 from laras.errors import RunStateError
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ def read_tokens(path: Path) -> pa.Table:
 
 def prompt_length(labels: Sequence[int]) -> int:
     """Tokens before the first that carries loss: the prompt, down to where the (first) answer begins."""
-    return next((index for index, label in enumerate(labels) if label != IGNORED_LABEL), len(labels))
+    return next((index for index, label in enumerate(labels) if label != IGNORE_INDEX), len(labels))
 
 
 def tokens_digest(table: pa.Table) -> str:

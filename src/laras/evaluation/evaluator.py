@@ -14,7 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from laras.data.collate import IGNORE_INDEX, PadCollator
+from laras.data.collate import PadCollator
+from laras.data.masks import IGNORE_INDEX
 from laras.evaluation.metrics import ExampleSums, IntArray
 from laras.models.step import target_losses
 from laras.progress import Observer

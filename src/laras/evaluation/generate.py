@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from laras.data.collate import IGNORE_INDEX
+from laras.data.store import prompt_length
 from laras.errors import ConfigError
 from laras.evaluation.evaluator import Rows
 from laras.records import Sample
@@ -241,10 +241,9 @@ def _room(model: nn.Module, used_tokens: int) -> int:
 
 def _prompt_length(labels: Sequence[int]) -> int:
     """Tokens before the first target; of plain text, where all are targets, a share of the row."""
-    targets = np.flatnonzero(np.asarray(labels) != IGNORE_INDEX)
-    if targets.size == 0:
+    first = prompt_length(labels)
+    if first == len(labels):
         return 0
-    first = int(targets[0])
     return first if first > 1 else min(_PLAIN_PROMPT_TOKENS, int(len(labels) * _PLAIN_PROMPT_SHARE))
 
 

@@ -91,18 +91,3 @@ def attach_lora(
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         return get_peft_model(model, config)
-
-
-def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trainable and total parameters; a packed 4-bit weight counts as the parameters that it stands for."""
-    trainable = total = 0
-    for parameter in model.parameters():
-        count = _unpacked_count(parameter)
-        total += count
-        trainable += count if parameter.requires_grad else 0
-    return trainable, total
-
-
-def _unpacked_count(parameter: nn.Parameter) -> int:
-    state = getattr(parameter, "quant_state", None)  # bitsandbytes keeps the shape before packing here
-    return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laras.data.masks import IGNORE_INDEX
 from laras.models.fused.loss import chunked_nll
 from laras.models.fused.model import FusedModel
 from laras.models.heads import plain_head
 
-IGNORE_INDEX = -100
 EVALUATION_CHUNK = 1024  # target tokens whose logits exist at once
 
 TrainStep = Callable[[Mapping[str, Tensor], Tensor], Tensor]

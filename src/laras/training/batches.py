@@ -17,7 +17,8 @@ import pyarrow as pa
 from datasets import Dataset
 from torch import Tensor
 
-from laras.data.collate import IGNORE_INDEX, PadCollator
+from laras.data.collate import PadCollator
+from laras.data.masks import IGNORE_INDEX
 from laras.data.pack import PackCollator, PackShape, pack_documents, pack_shape
 
 MicroBatch = list[int]  # row indices
