@@ -21,6 +21,7 @@ from laras.config_file import load_config
 from laras.pipeline import Inspection, TrainOutcome
 from laras.progress import Observer
 from laras.records import EvalResult, TrainPlan
+from laras.rundir import RunDir, inherited_config
 
 if TYPE_CHECKING:
     from laras.reporting.export import Export, Format
@@ -52,10 +53,24 @@ def plan(config: ConfigLike = None, *, observer: Observer | None = None, **overr
     return pipeline.plan(configure(config, **overrides), observer)
 
 
-def train(config: ConfigLike = None, *, observer: Observer | None = None, **overrides: Any) -> TrainOutcome:
-    """Trains and keeps the best. See `laras.pipeline.train`."""
+def train(
+    config: ConfigLike = None,
+    *,
+    from_run: str | Path | None = None,
+    checkpoint: int | None = None,
+    observer: Observer | None = None,
+    **overrides: Any,
+) -> TrainOutcome:
+    """Trains and keeps the best. See `laras.pipeline.train`.
+
+    With `from_run` and no configuration, that of the other run is taken, with the overrides.
+    """
     given = Path(config).read_text(encoding="utf-8") if isinstance(config, str | Path) else None
-    return pipeline.train(configure(config, **overrides), observer, given=given)
+    if config is None and from_run is not None:
+        resolved = inherited_config(RunDir(Path(from_run)), overrides)
+    else:
+        resolved = configure(config, **overrides)
+    return pipeline.train(resolved, observer, given=given, from_run=from_run, checkpoint=checkpoint)
 
 
 def resume(run_dir: str | Path, *, checkpoint: int | None = None, observer: Observer | None = None) -> TrainOutcome:

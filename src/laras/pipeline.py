@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from laras import __version__
 from laras.config import RunConfig
 from laras.config_file import config_to_yaml
-from laras.errors import LarasError, PlanError
+from laras.errors import ConfigError, LarasError, PlanError
 from laras.progress import Observer
 from laras.records import (
     DatasetProfile,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
     from laras.data.prepare import PreparedData
     from laras.training.signals import StopRequest
+    from laras.training.start import Start
 
 _RECORDED_PACKAGES = (
     "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "unsloth", "triton",
@@ -104,7 +105,13 @@ def plan(config: RunConfig, observer: Observer | None = None) -> TrainPlan:
 
 
 def train(
-    config: RunConfig, observer: Observer | None = None, *, given: str | None = None, stop: StopRequest | None = None
+    config: RunConfig,
+    observer: Observer | None = None,
+    *,
+    given: str | None = None,
+    from_run: Path | str | None = None,
+    checkpoint: int | None = None,
+    stop: StopRequest | None = None,
 ) -> TrainOutcome:
     """Prepares, plans, trains and keeps the best; the test set stays sealed.
 
@@ -112,23 +119,30 @@ def train(
         config: What the user wants.
         observer: Is told what happens; on rank 0 only.
         given: The configuration file as the user wrote it, kept beside the resolved one.
+        from_run: A run whose best model this one starts from, with a fresh optimizer and schedule.
+        checkpoint: The step of that run to start from instead of the best one.
         stop: Through which others than signals may ask the run to stop.
 
     Raises:
         ConfigError: The model cannot be loaded or the run directory not made.
         DataError: With every problem of the data at once; nothing is left behind.
         PlanError: The plan does not fit; nothing was started.
+        RunStateError: The run cannot start from the weights of `from_run`; names every reason.
         TrainingInterrupted: Stopped by a signal and saved.
         TrainingAborted: Numbers that do not train, or memory that no split cures.
     """
     observer = observer if observer is not None and _rank() == 0 else Observer()
 
     def start() -> RunDir:
-        prepared = _prepare(config, _load_tokenizer(config, observer), observer)
+        origin = _find_start(from_run, checkpoint, observer)
+        own = _prepare(config, _load_tokenizer(config, observer), observer)
+        prepared = origin.chained(own) if origin else own
         observer.message(_division(prepared.manifest))
         chosen = _plan(config, prepared, observer)
+        if origin:
+            origin.require_fit(config, chosen, own)
         _require_fit(chosen)
-        return _write_run(config, given, prepared, chosen)
+        return _write_run(config, given, prepared, chosen, origin)
 
     run = RunDir(Path(_from_rank_zero(lambda: str(start().path))))
     return _run_training(run, observer, lambda: None, stop)
@@ -324,13 +338,32 @@ def _require_fit(chosen: TrainPlan) -> None:
         )
 
 
-def _write_run(config: RunConfig, given: str | None, prepared: PreparedData, chosen: TrainPlan) -> RunDir:
+def _find_start(from_run: Path | str | None, checkpoint: int | None, observer: Observer) -> Start | None:
+    if from_run is None:
+        if checkpoint is not None:
+            raise ConfigError(
+                f"checkpoint {checkpoint} of which run?", hint="name it: `laras train --from RUN --checkpoint N`"
+            )
+        return None
+    from laras.training.start import find_start
+
+    origin = find_start(from_run, checkpoint, observer)
+    observer.message(f"starts from the weights of {origin.record.run}, {origin.record.model}")
+    return origin
+
+
+def _write_run(
+    config: RunConfig, given: str | None, prepared: PreparedData, chosen: TrainPlan, origin: Start | None
+) -> RunDir:
     from laras.data.sealed import seal_test
     from laras.data.store import write_tokens
 
     run = create_run_dir(config)
     write_tokens(prepared.train, run.train_rows)
     write_tokens(prepared.validation, run.validation_rows)
+    write_tokens(prepared.members, run.members)
+    if origin:
+        origin.copy_to(run)
     seal_test(prepared.test, run.path)
     for record in (prepared.profile, prepared.manifest, chosen, _environment(chosen.hardware)):
         record.save(run.path)
@@ -368,6 +401,7 @@ def _run_training(
     from laras.data.store import read_tokens
     from laras.models.build import build_model
     from laras.training.run import run_training
+    from laras.training.start import start_weights
 
     config, chosen = run.load_config(), TrainPlan.load(run.path)
     with hold(run) if _rank() == 0 else nullcontext():
@@ -385,6 +419,7 @@ def _run_training(
             run_dir=run.path,
             observer=observer,
             resume_from=resume_from,
+            start=start_weights(run.path),
             stop=stop,
         )
     if _rank() == 0:

@@ -179,6 +179,7 @@ class SplitManifest(Record):
     test: SplitInfo
     drift: tuple[SplitDrift, ...] = ()
     excluded_rows: int = 0  # rows left out because they resemble rows of two splits
+    members_sha256: str | None = None  # of `splits/members.parquet`: which content is in which split
     warnings: tuple[str, ...] = ()
 
 
@@ -206,6 +207,8 @@ class ModelSpec(Value):
     linear_parameters: int  # in linear layers of the decoder, the head excluded
     embedding_parameters: int  # embedding, and the head where it is not tied
     config_digest: str
+    fused_refusal: str | None = None  # why its layers have no fused version; None: they have
+    fused_longest_tokens: int | None = None  # longest document that the fused version takes; None: any
 
 
 class HardwareSpec(Value):
@@ -315,6 +318,17 @@ class TrainPlan(Record):
 # ---------------------------------------------------------------- running
 
 
+class ParentRun(Record):
+    """The run whose weights this one started from. The profile of this run names the digest of this record."""
+
+    name: ClassVar[str] = "parent"  # its own parent digest is that of the other run's plan
+    run: str  # name of its folder
+    model: str  # `best`, `final` or `step-N`
+    step: int | None
+    eval_loss: float | None
+    weights_sha256: str  # of the file of weights in `start/`
+
+
 class Environment(Record):
     """Where the run happened. No user name, no path, no environment variable."""
 
@@ -353,8 +367,31 @@ class RunEvent(Value):
     detail: str
 
 
+class PlanChange(Value):
+    """One time that memory was less than planned."""
+
+    step: int  # the optimizer step that was finished with the new size
+    reason: str
+    train_split_level: int
+    eval_split_level: int
+
+
+class PlanRevision(Record):
+    """What of a plan no longer holds since memory ran out; its parent is the plan, which stays as it was.
+
+    A micro-batch is cut to 1 / 2^level of the planned size, and the gradient of a step stays the same.
+    """
+
+    name: ClassVar[str] = "revision"
+    train_split_level: int
+    eval_split_level: int
+    micro_batch: str  # the size in force, in rows or, packed, in tokens
+    per_device_eval_batch_size: int
+    changes: tuple[PlanChange, ...]
+
+
 class RunResult(Record):
-    """How training ended."""
+    """How training ended. Its parent is the plan's revision where there is one, else the plan."""
 
     name: ClassVar[str] = "result"
     status: RunStatus

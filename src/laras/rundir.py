@@ -2,8 +2,9 @@
 
 runs/2026-11-24-qwen2.5-coder-1.5b-a1b2/
   config.yaml          resolved, every key present; config.given.yaml as the user wrote it
-  records/*.json       profile, split, plan, environment, result, evaluation
+  records/*.json       parent, profile, split, plan, revision, environment, result, evaluation, samples
   splits/              train and validation; what is sealed beside them is named by `laras.data` alone
+  start/               the weights that a run began with, where `laras train --from RUN` made it
   checkpoints/step-N/  complete and verified, or not there at all
   best/  final/        adapter, tokenizer, chat template
   logs/                metrics.jsonl, tensorboard
@@ -16,14 +17,14 @@ import os
 import re
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 from pydantic import ValidationError
 
 from laras.config import RunConfig
@@ -70,9 +71,24 @@ class RunDir:
         return self.path / "splits" / "validation.parquet"
 
     @property
+    def members(self) -> Path:
+        """Hashes of which content is in which split, of this run and of those that it goes back to."""
+        return self.path / "splits" / "members.parquet"
+
+    @property
+    def start(self) -> Path:
+        """Weights of another run, from which this one started."""
+        return self.path / "start"
+
+    @property
     def checkpoints(self) -> Path:
         """Folder of `step-N`."""
         return self.path / "checkpoints"
+
+    @property
+    def best(self) -> Path:
+        """The model of the lowest validation loss so far."""
+        return self.path / "best"
 
     @property
     def final(self) -> Path:
@@ -109,6 +125,18 @@ class RunDir:
             raise RunStateError(
                 f"{self.config} does not validate", problems=error.problems, hint="restore the file"
             ) from None
+
+
+def inherited_config(run: RunDir, overrides: Sequence[str] | Mapping[str, Any] = ()) -> RunConfig:
+    """The configuration of a run with overrides, for a new run that starts from it and has a name of its own.
+
+    Raises:
+        RunStateError: When this is no run.
+        ConfigError: With every problem of the overrides.
+    """
+    run.load_config()
+    own_name = {"run_name": None, **overrides} if isinstance(overrides, Mapping) else ["run_name=null", *overrides]
+    return load_config(run.config, own_name)
 
 
 class Holder(Value):
@@ -160,12 +188,14 @@ def create_run_dir(config: RunConfig, now: datetime | None = None) -> RunDir:
 def hold(run: RunDir) -> Iterator[None]:
     """Owns a run directory for the duration of the block.
 
-    The lock is the kernel's, on an open file: it ends with the process, however that ends, so that none goes stale.
+    The lock is the kernel's, on an open file: it ends with the process, however that ends, so that none goes stale, and
+    the number in the note of the holder decides nothing. On a network file system it holds between machines only where
+    that system has locks (NFS 4 and later, Lustre with `flock`); where there are none at all, the run is refused.
 
     Raises:
-        RunStateError: When another process owns it; names its host, process and start.
+        RunStateError: When another process owns it (names its host, process and start), or it cannot be locked.
     """
-    lock = FileLock(run.path / _LOCK_NAME)
+    lock = _lock(run)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -173,6 +203,11 @@ def hold(run: RunDir) -> Iterator[None]:
         who = f" by process {holder.pid} on {holder.host} since {holder.since}" if holder else ""
         raise RunStateError(
             f"{run.path} is in use{who}", hint="wait for it to end, or stop that process first"
+        ) from None
+    except OSError as error:
+        raise RunStateError(
+            f"{run.path} cannot be locked: {error.strerror or error}",
+            hint="keep runs in a folder of a local disk that you can write",
         ) from None
     try:
         holder = Holder(
@@ -183,6 +218,11 @@ def hold(run: RunDir) -> Iterator[None]:
     finally:
         (run.path / _HOLDER_NAME).unlink(missing_ok=True)
         lock.release()
+
+
+def _lock(run: RunDir) -> BaseFileLock:
+    """The kernel's lock or none: a marker file in its place could outlive its process."""
+    return FileLock(run.path / _LOCK_NAME, fallback_to_soft=False)
 
 
 def read_holder(run: RunDir) -> Holder | None:
@@ -239,7 +279,7 @@ def is_held(run: RunDir) -> bool:
     """Whether a process owns the directory now."""
     if not (run.path / _LOCK_NAME).exists():
         return False
-    lock = FileLock(run.path / _LOCK_NAME)
+    lock = _lock(run)
     try:
         lock.acquire(timeout=0)
     except (Timeout, OSError):

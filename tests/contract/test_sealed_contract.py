@@ -16,6 +16,7 @@ import pytest
 import laras
 from laras import pipeline
 from laras.errors import ExitCode, SealedTestError
+from laras.records import SplitManifest
 from tiny_models import base_model
 
 PACKAGE = Path(laras.__file__).parent
@@ -140,16 +141,18 @@ def test_no_secret_and_no_name_of_the_user_is_written_down(workplace: Path) -> N
 def test_planted_duplicates_never_stand_on_two_sides(workplace: Path) -> None:
     import pyarrow.parquet as pq
 
+    from laras.data.sealed import unseal
+
     rows = [json.loads(line) for line in (workplace / "chats.jsonl").read_text(encoding="utf-8").splitlines()]
     run = workplace / "runs" / "one"
     places: dict[int, set[str]] = {}
     counted = 0
-    for split, path in (
-        ("train", run / "splits" / "train.parquet"),
-        ("validation", run / "splits" / "validation.parquet"),
-        ("test", run / "splits" / "sealed" / "test.parquet"),
+    for split, table in (
+        ("train", pq.read_table(run / "splits" / "train.parquet")),
+        ("validation", pq.read_table(run / "splits" / "validation.parquet")),
+        ("test", unseal(run, SplitManifest.load(run).test.sha256)),
     ):
-        found = pq.read_table(path)["row"].to_pylist()
+        found = table["row"].to_pylist()
         assert found, split
         counted += len(found)
         for row in found:
@@ -174,9 +177,12 @@ def test_the_test_set_opens_only_for_a_finished_run_and_unaltered(
         assert early.value.exit_code == ExitCode.RUN_STATE
         assert early.value.hint
     result.write_text(whole, encoding="utf-8")
-    sealed = run / "splits" / "sealed" / "test.parquet"
+    sealed = run / "splits" / "sealed" / "test.sealed"
     kept = sealed.read_bytes()
     sealed.write_bytes((run / "splits" / "train.parquet").read_bytes())
+    with pytest.raises(SealedTestError, match="no sealed test set"):
+        pipeline.test(run)
+    sealed.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     with pytest.raises(SealedTestError, match="altered"):
         pipeline.test(run)
     assert not ledger.exists()

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -527,7 +528,10 @@ def test_changed_file_is_prepared_anew(tmp_path):
     assert prepare(dataset).profile.rows == 61
 
 
-@pytest.mark.parametrize("name", ["train.parquet", "records/profile.json", "records/split.json"])
+@pytest.mark.parametrize(
+    "name",
+    ["train.parquet", "members.parquet", "splits/sealed/test.sealed", "records/profile.json", "records/split.json"],
+)
 def test_a_damaged_entry_is_made_anew_and_said_so(tmp_path, own_cache, name):
     dataset = write(tmp_path / "a.jsonl", chats(60))
     first = prepare(dataset)
@@ -539,11 +543,22 @@ def test_a_damaged_entry_is_made_anew_and_said_so(tmp_path, own_cache, name):
     assert "from the cache" in _messages_of(dataset)
 
 
+def test_the_cache_holds_no_test_row_in_the_clear(tmp_path, own_cache):
+    prepared = prepare(write(tmp_path / "a.jsonl", chats(60)))
+    (entry,) = own_cache.iterdir()
+    tables = {path.name: pq.read_table(path) for path in entry.rglob("*.parquet")}
+    assert sorted(tables) == ["members.parquet", "train.parquet", "validation.parquet"]
+    ids = {tuple(row) for row in prepared.test["input_ids"].to_pylist()}
+    for name in ("train.parquet", "validation.parquet"):
+        assert not ids & {tuple(row) for row in tables[name]["input_ids"].to_pylist()}
+    assert {field.name for field in tables["members.parquet"].schema} == {"content", "group", "split"}
+
+
 def test_entry_with_other_rows_or_records_is_made_anew(tmp_path, own_cache):
     dataset = write(tmp_path / "a.jsonl", chats(60))
     first = prepare(dataset)
     (entry,) = own_cache.iterdir()
-    (entry / "train.parquet").write_bytes((entry / "test.parquet").read_bytes())
+    (entry / "train.parquet").write_bytes((entry / "validation.parquet").read_bytes())
     assert prepare(dataset).train.equals(first.train)
     first.manifest.model_copy(update={"parent_digest": "0"}).save(entry)
     assert prepare(dataset).manifest == first.manifest

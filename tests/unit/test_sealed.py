@@ -7,11 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laras.data.analyze import length_stats
-from laras.data.sealed import open_sealed, read_openings, seal_test
+from laras.data.sealed import open_sealed, read_openings, seal_test, unseal
+from laras.data.sources import find_sources
 from laras.data.store import read_tokens, token_table, tokens_digest, write_tokens
-from laras.errors import ExitCode, RunStateError, SealedTestError
+from laras.errors import DataError, ExitCode, RunStateError, SealedTestError
 from laras.records import Measured, RunResult, SplitInfo, SplitManifest
 
+SEALED = "splits/sealed/test.sealed"
 IDS = [[1, 2, 3], [4, 5], [6], [7, 8, 9, 10]]
 examples = st.lists(st.lists(st.integers(0, 200_000), min_size=1, max_size=6), min_size=1, max_size=8)
 
@@ -75,9 +77,8 @@ def test_an_altered_test_set_is_refused_and_not_noted(tmp_path, column):
     values = altered[column].to_pylist()
     values[0][1] += 1
     index = altered.column_names.index(column)
-    write_tokens(
-        altered.set_column(index, column, pa.array(values, pa.list_(pa.int32()))), run / "splits/sealed/test.parquet"
-    )
+    (run / SEALED).unlink()
+    seal_test(altered.set_column(index, column, pa.array(values, pa.list_(pa.int32()))), run)
     with pytest.raises(SealedTestError, match="altered"):
         open_sealed(run, "a look")
     assert read_openings(run) == ()
@@ -85,10 +86,13 @@ def test_an_altered_test_set_is_refused_and_not_noted(tmp_path, column):
 
 def test_a_missing_or_broken_test_set_is_refused(tmp_path):
     run = run_in(tmp_path)
-    path = run / "splits/sealed/test.parquet"
-    path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(SealedTestError, match="damaged"):
-        open_sealed(run, "a look")
+    path = run / SEALED
+    whole = path.read_bytes()
+    for broken in (whole[:-20], whole[:20], whole[:5], b"", whole[:-1] + bytes([whole[-1] ^ 1]), b"PAR1" + whole):
+        path.write_bytes(broken)
+        with pytest.raises(SealedTestError, match=r"damaged|no sealed test set"):
+            open_sealed(run, "a look")
+        assert read_openings(run) == ()
     path.unlink()
     with pytest.raises(SealedTestError, match="missing"):
         open_sealed(run, "a look")
@@ -105,6 +109,31 @@ def test_a_damaged_ledger_is_refused(tmp_path):
     ledger.write_bytes(b"\xff")
     with pytest.raises(SealedTestError, match="cannot be read"):
         read_openings(run)
+
+
+def test_what_is_on_disk_is_no_table_and_shows_no_token(tmp_path):
+    ids = [[number] * 400 for number in range(1000, 1040)]
+    table = token_table(ids, ids, range(len(ids)))
+    digest = seal_test(table, tmp_path)
+    (path,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert path == tmp_path / SEALED
+    content = path.read_bytes()
+    plain = pa.BufferOutputStream()
+    pq.write_table(table, plain, compression="zstd")
+    assert b"PAR1" not in content and len(content) == len(plain.getvalue()) + len(b"laras sealed 1\n")
+    with pytest.raises(pa.ArrowException):
+        pq.read_table(path)
+    with pytest.raises(DataError, match="neither|no data file"):  # a folder that is taken for data does not give it
+        find_sources(str(tmp_path / "splits"))
+    assert unseal(tmp_path, digest).equals(table)
+    with pytest.raises(SealedTestError, match="altered or damaged"):
+        unseal(tmp_path, "0" * 64)
+
+
+def test_a_large_set_is_masked_block_by_block(tmp_path, monkeypatch):
+    monkeypatch.setattr("laras.data.sealed._BLOCK_BYTES", 100)
+    digest = seal_test(tokens([[number] for number in range(500)]), tmp_path)
+    assert unseal(tmp_path, digest).num_rows == 500
 
 
 def test_a_test_set_is_sealed_once(tmp_path):

@@ -13,6 +13,7 @@ import typer
 from laras.config import RunConfig
 from laras.config_file import load_config
 from laras.errors import ConfigError
+from laras.rundir import RunDir, inherited_config
 
 # Options that the verb does not know are overrides of the configuration.
 OVERRIDES = {"ignore_unknown_options": True, "allow_interspersed_args": True}
@@ -30,13 +31,19 @@ RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The directory 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 
-def read_config(arguments: Sequence[str] | None) -> tuple[RunConfig, str | None]:
+def read_config(arguments: Sequence[str] | None, from_run: Path | None = None) -> tuple[RunConfig, str | None]:
     """The configuration that the arguments describe, and the file's text as given.
+
+    Args:
+        arguments: A file, overrides, both or none.
+        from_run: A run whose configuration is taken where no file is named.
 
     Raises:
         ConfigError: With every problem at once.
     """
     path, overrides = split_arguments(arguments or ())
+    if path is None and from_run is not None:
+        return inherited_config(RunDir(from_run), overrides), None
     config = load_config(path, overrides)
     return config, path.read_text(encoding="utf-8") if path else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,13 +17,33 @@ if TYPE_CHECKING:
 TestOption = Annotated[bool, typer.Option("--test", help="Open the sealed test set when training has finished.")]
 
 
-def train_command(arguments: ConfigArguments = None, test: TestOption = False, as_json: JsonOption = False) -> None:
+FromOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--from",
+        metavar="RUN",
+        help="Start from the best weights of this run, with a fresh optimizer; without CONFIG, with its configuration.",
+        show_default=False,
+    ),
+]
+FromStepOption = Annotated[
+    int | None, typer.Option("--checkpoint", help="With --from: start from this step instead of the best one.")
+]
+
+
+def train_command(
+    arguments: ConfigArguments = None,
+    from_run: FromOption = None,
+    checkpoint: FromStepOption = None,
+    test: TestOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """Split, analyse, plan, train, validate and keep the best."""
     from laras import pipeline
 
-    config, given = read_config(arguments)
+    config, given = read_config(arguments, from_run)
     with open_view() as view:
-        outcome = pipeline.train(config, view, given=given)
+        outcome = pipeline.train(config, view, given=given, from_run=from_run, checkpoint=checkpoint)
         evaluation = pipeline.test(outcome.run_dir, view) if test else None
     _show(outcome, evaluation, as_json)
 

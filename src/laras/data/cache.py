@@ -1,7 +1,8 @@
 """Prepared data in the user's cache folder, named by everything it depends on.
 
 An entry is written aside and renamed, so it is whole or absent; its rows are checked against the digests in its
-records when it is read, and a damaged entry is made anew. The oldest entries make room for new ones.
+records when it is read, and a damaged entry is made anew. The oldest entries make room for new ones. The test rows are
+sealed here as they are in a run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import platformdirs
 
 from laras import __version__
 from laras.config import RunConfig
+from laras.data.members import members_digest
+from laras.data.sealed import seal_test, unseal
 from laras.data.store import read_tokens, tokens_digest, write_tokens
 from laras.errors import RunStateError
 from laras.progress import Observer
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-_LAYOUT = 1  # raised whenever the same settings would give other rows or records
+_LAYOUT = 2  # raised whenever the same settings would give other rows or records
 _KEPT_ENTRIES = 10
 _SETTINGS = (
     "dataset",
@@ -40,11 +43,11 @@ _SETTINGS = (
     "split",
     "seed",
 )
-_SPLITS = ("train", "validation", "test")
+_PLAIN_SPLITS = ("train", "validation")
 
 
 class Entry(NamedTuple):
-    """Prepared data: the records, and the tokenised rows of each split."""
+    """Prepared data: the records, the tokenised rows of each split, and the `members` of the splits."""
 
     profile: DatasetProfile
     manifest: SplitManifest
@@ -79,10 +82,14 @@ def load_prepared(key: str, observer: Observer) -> Entry | None:
         return None
     try:
         profile, manifest = DatasetProfile.load(folder), SplitManifest.load(folder)
-        tables = {split: read_tokens(folder / f"{split}.parquet") for split in _SPLITS}
+        tables = {split: read_tokens(folder / f"{split}.parquet") for split in _PLAIN_SPLITS}
         for split, table in tables.items():
             if tokens_digest(table) != getattr(manifest, split).sha256:
                 raise RunStateError(f"{split}.parquet was altered")
+        tables["test"] = unseal(folder, manifest.test.sha256)
+        tables["members"] = read_tokens(folder / "members.parquet")
+        if members_digest(tables["members"]) != manifest.members_sha256:
+            raise RunStateError("members.parquet was altered")
         if manifest.parent_digest != profile.digest():
             raise RunStateError("the records do not belong together")
     except (RunStateError, OSError) as error:
@@ -99,8 +106,9 @@ def store_prepared(key: str, entry: Entry, observer: Observer) -> None:
     try:
         _folder().mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{key}.", dir=_folder()))
-        for split, table in entry.tables.items():
-            write_tokens(table, aside / f"{split}.parquet")
+        for name in (*_PLAIN_SPLITS, "members"):
+            write_tokens(entry.tables[name], aside / f"{name}.parquet")
+        seal_test(entry.tables["test"], aside)
         entry.profile.save(aside)
         entry.manifest.save(aside)
         if not (_folder() / key).exists():

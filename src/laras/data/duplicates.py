@@ -44,12 +44,14 @@ class Groups(NamedTuple):
         duplicate_rows: Rows equal to an earlier one.
         shared: Groups of two or more rows.
         largest: Rows of the largest group; 0 without rows.
+        contents: Hash of each row, 16 bytes; equal rows have equal ones.
     """
 
     keys: list[str]
     duplicate_rows: int
     shared: int
     largest: int
+    contents: tuple[bytes, ...] = ()
 
 
 class _WordHashes(dict[str, int]):
@@ -108,6 +110,7 @@ class DuplicateFinder:
             duplicate_rows=len(keys) - len(parents),
             shared=sum(size > 1 for size in sizes.values()),
             largest=max(sizes.values(), default=0),
+            contents=tuple(self._digests),
         )
 
     def _sketch(self, texts: Sequence[str]) -> None:

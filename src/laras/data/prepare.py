@@ -13,6 +13,7 @@ from laras.data.cache import Entry, cache_key, load_prepared, store_prepared, to
 from laras.data.divide import divide_rows
 from laras.data.duplicates import Groups
 from laras.data.examples import Collected, collect_examples
+from laras.data.members import members_digest, members_of
 from laras.data.render import CHAT_FORMATS
 from laras.data.sources import Source, find_sources
 from laras.errors import BadRowsError, DataError
@@ -37,6 +38,7 @@ class PreparedData:
         train: Rows to learn from.
         validation: Rows to choose the best checkpoint by.
         test: Rows to be sealed before anything else happens.
+        members: Hashes of which content is in which split (`laras.data.members`).
     """
 
     profile: DatasetProfile
@@ -44,6 +46,7 @@ class PreparedData:
     train: pa.Table
     validation: pa.Table
     test: pa.Table
+    members: pa.Table
 
 
 def prepare_dataset(
@@ -101,7 +104,9 @@ def _prepared_anew(
     template = digest_of(tokenizer.get_chat_template()) if collected.format in CHAT_FORMATS else None
     profile = _profile(collected, table, groups, {**known, "chat_template_digest": template})
     tables, manifest = _divide(config, table, collected, groups)
-    return Entry(profile, manifest.model_copy(update={"parent_digest": profile.digest()}), tables)
+    tables["members"] = members_of(table, tables, groups)
+    added = {"parent_digest": profile.digest(), "members_sha256": members_digest(tables["members"])}
+    return Entry(profile, manifest.model_copy(update=added), tables)
 
 
 def _profile(collected: Collected, table: pa.Table, groups: Groups, known: dict[str, Any]) -> DatasetProfile:

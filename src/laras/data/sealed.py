@@ -3,19 +3,25 @@
 Its digest is in the run's split manifest; the ledger is a JSONL file beside it. The seal guards against honest
 mistakes, not against somebody who edits the records: training code cannot name this module (an import contract),
 and a look at the test set before the end of training cannot happen by accident.
+
+On disk the rows are no table: their bytes are masked with a stream that is drawn from their digest. So whoever takes
+all Parquet files of a folder for data does not get them, and a set whose digest is not the recorded one does not open.
+The cache of prepared data seals its test part in the same way.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from laras import __version__
-from laras.data.store import read_tokens, tokens_digest, write_tokens
+from laras.data.store import tokens_digest
 from laras.errors import RunStateError, SealedTestError
 from laras.records import Opening, RunResult, SplitManifest
 
@@ -23,17 +29,83 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def seal_test(table: pa.Table, run_dir: Path) -> str:
-    """Writes the test rows into the run and returns their digest, for `SplitManifest.test.sha256`.
+_MAGIC = b"laras sealed 1\n"
+_BLOCK_BYTES = 2**24  # masked at once
+
+
+def seal_test(table: pa.Table, folder: Path) -> str:
+    """Writes the test rows, sealed, into a run (or an entry of the cache), whole or not at all.
+
+    Returns:
+        Their digest, for `SplitManifest.test.sha256`; without it they cannot be opened.
 
     Raises:
-        SealedTestError: When the run has a sealed test set already.
+        SealedTestError: When there is a sealed test set already.
     """
-    path = _test_path(run_dir)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = _test_path(folder)
     if path.exists():
-        raise SealedTestError(f"{run_dir} has a sealed test set already", hint="start a new run for other data")
-    write_tokens(table, path)
-    return tokens_digest(table)
+        raise SealedTestError(f"{folder} has a sealed test set already", hint="start a new run for other data")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest = tokens_digest(table)
+    plain = pa.BufferOutputStream()
+    pq.write_table(table, plain, compression="zstd")
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            file.write(_MAGIC)
+            for block in _masked(plain.getvalue(), digest):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+    return digest
+
+
+def unseal(folder: Path, digest: str) -> pa.Table:
+    """The rows that `seal_test` sealed, for the data stage alone, which seals them again; notes nothing.
+
+    Raises:
+        SealedTestError: They are missing or damaged, or are not those of the digest.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path = _test_path(folder)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise SealedTestError(f"{path} {reason}", hint="restore the file, or start a new run") from None
+    if not content.startswith(_MAGIC):
+        raise SealedTestError(f"{path} is no sealed test set", hint="restore the file, or start a new run")
+    plain = b"".join(_masked(memoryview(content)[len(_MAGIC) :], digest))
+    try:
+        table = pq.read_table(pa.BufferReader(plain))
+        found = tokens_digest(table)
+    except (pa.ArrowException, OSError, KeyError):
+        found = "unreadable"
+    if found != digest:
+        raise SealedTestError(
+            f"the sealed test set was altered or damaged: its digest is not {digest[:12]}…, which was recorded",
+            hint="restore the file, or start a new run; a score on altered data would not be the run's",
+        )
+    return table
+
+
+def _masked(content: Any, digest: str) -> Iterator[bytes]:
+    """The bytes under a stream of the digest; done twice, they are as before."""
+    import numpy as np
+
+    whole = np.frombuffer(content, np.uint8)
+    for number, start in enumerate(range(0, len(whole), _BLOCK_BYTES)):
+        block = whole[start : start + _BLOCK_BYTES]
+        stream = hashlib.shake_256(f"{digest}/{number}".encode()).digest(len(block))
+        yield (block ^ np.frombuffer(stream, np.uint8)).tobytes()
 
 
 def open_sealed(run_dir: Path, purpose: str, max_samples: int | None = None) -> pa.Table:
@@ -57,17 +129,7 @@ def open_sealed(run_dir: Path, purpose: str, max_samples: int | None = None) -> 
         )
     require_openable(run_dir)
     manifest = SplitManifest.load(run_dir)
-    try:
-        table = read_tokens(_test_path(run_dir))
-    except RunStateError as error:
-        raise SealedTestError(f"the sealed test set cannot be read: {error.message}", hint=error.hint) from None
-    found = tokens_digest(table)
-    if found != manifest.test.sha256:
-        raise SealedTestError(
-            f"the sealed test set was altered: its digest is {found[:12]}…, the run recorded "
-            f"{manifest.test.sha256[:12]}…",
-            hint="restore the file, or start a new run; a score on altered data would not be the run's",
-        )
+    table = unseal(run_dir, manifest.test.sha256)
     read_openings(run_dir)  # a damaged ledger is no place to write to
     _note(
         run_dir,
@@ -120,8 +182,8 @@ def read_openings(run_dir: Path) -> tuple[Opening, ...]:
     return tuple(openings)
 
 
-def _test_path(run_dir: Path) -> Path:
-    return run_dir / "splits" / "sealed" / "test.parquet"
+def _test_path(folder: Path) -> Path:
+    return folder / "splits" / "sealed" / "test.sealed"
 
 
 def _ledger_path(run_dir: Path) -> Path:

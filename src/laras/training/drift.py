@@ -36,6 +36,7 @@ def identity_of(
     *,
     train_sha256: str,
     validation_sha256: str,
+    start_sha256: str | None = None,
 ) -> Identity:
     """The identity of a run.
 
@@ -45,6 +46,7 @@ def identity_of(
         tokenizer: With the chat template that is saved beside the weights.
         train_sha256: `laras.data.store.tokens_digest` of the training split.
         validation_sha256: The same of the validation split.
+        start_sha256: Of the weights of another run that this one started from.
     """
     choices = plan.choices
     micro_batches = choices.gradient_accumulation_steps
@@ -74,6 +76,7 @@ def identity_of(
         **packed,
         "eval_steps": choices.eval_steps,
         **method,
+        **({"start_weights": start_sha256} if start_sha256 else {}),
         **(adapter if choices.finetuning_type == "lora" else {}),
         "target_modules": sorted(choices.target_modules),
         **optimization,
@@ -97,7 +100,8 @@ def check_resume(checkpoint: Path, current: Identity) -> None:
         raise RunStateError(
             f"the run has changed since {checkpoint.name}",
             problems=problems,
-            hint="undo the change, or start a new run with `laras train`",
+            hint="undo the change, or go on with it on purpose in a new run: "
+            f"`laras train CONFIG --from {checkpoint.parent.parent}` starts from these weights",
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -38,7 +37,7 @@ from laras.training.checkpoints import (
 from laras.training.drift import check_resume, identity_of
 from laras.training.numbers import Stopping
 from laras.training.signals import StopRequest, stop_on_signals
-from laras.training.state import STATE_FILES, Counters, load_weights, read_state, write_model
+from laras.training.state import Counters, load_weights, publish_model, read_state, write_model
 from laras.training.trackers import Trackers, build_trackers
 from laras.training.trainer import LarasTrainer
 
@@ -55,6 +54,7 @@ def run_training(
     observer: Observer,
     callbacks: tuple[TrainerCallback, ...] = (),
     resume_from: Path | None = None,
+    start: tuple[Path, str] | None = None,
     make_step: Callable[[nn.Module], TrainStep] | None = None,
     rehearse: bool | None = None,
     stop: StopRequest | None = None,
@@ -72,6 +72,8 @@ def run_training(
         observer: Is told what happens.
         callbacks: Further callbacks.
         resume_from: A checkpoint to go on from (`laras.training.resume.choose_checkpoint`).
+        start: Folder and digest of weights that the run begins with (`laras.training.start.start_weights`); None: those
+            that the model has.
         make_step: Makes the training step of the model on its device; None: as the plan says.
         rehearse: Try the largest batch before the first step; None: on a GPU.
         stop: Through which others than signals may ask the run to stop.
@@ -88,27 +90,30 @@ def run_training(
     identity = identity_of(
         config, plan, tokenizer,
         train_sha256=tokens_digest(rows.table), validation_sha256=tokens_digest(TokenRows(validation_rows).table),
+        start_sha256=start[1] if start else None,
     )  # fmt: skip
     counters = Counters(Stopping(config.early_stopping_patience, config.early_stopping_min_delta))
     if resume_from is not None:
         check_resume(resume_from, identity)
         counters = Counters.from_json(read_state(resume_from)["counters"])
-    with stop_on_signals(stop) as stop:
+    elif start is not None:
+        load_weights(model, start[0])
+    with stop_on_signals(stop) as request:
         run = _Run(config, plan, tokenizer, run_dir, observer)
         first_step = _step_of(resume_from)
         trainer = run.build_trainer(
-            model=model, rows=rows, validation_rows=validation_rows, counters=counters, identity=identity, stop=stop,
+            model=model, rows=rows, validation_rows=validation_rows, counters=counters, identity=identity, stop=request,
             make_step=make_step or (lambda model: train_step(model, plan.choices, observer)),
             rehearse=plan.hardware.kind == "cuda" if rehearse is None else rehearse,
         )  # fmt: skip
         trackers = Trackers([], observer)
         if trainer.is_world_process_zero():
-            trackers = build_trackers(config, run_dir, first_step, observer)
+            trackers = build_trackers(config, plan, run_dir, first_step, observer)
         for callback in (MetricsLog(run_dir, observer), trackers, *callbacks):
             trainer.add_callback(callback)
         trackers.start()
         try:
-            return run.train(trainer, stop, resume_from)
+            return run.train(trainer, request, resume_from)
         finally:
             trackers.finish()
 
@@ -160,7 +165,7 @@ class _Run:
             stop=stop,
             max_skipped_steps=self._config.max_skipped_steps,
             rehearsal_later_bytes=self._plan.memory.components.get("optimizer", 0) if rehearse else None,
-            on_best=lambda checkpoint: _publish(checkpoint, self._run_dir / "best"),
+            on_best=lambda checkpoint: publish_model(checkpoint, self._run_dir / "best"),
             model=model,
             args=args,
             data_collator=_no_collator,
@@ -178,9 +183,9 @@ class _Run:
             trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
             done = trainer.state.global_step >= trainer.state.max_steps or trainer.counters.stopped
             if stop and not (done and not trainer.counters.evaluation_due):
+                by = stop.signal_name or stop.reason or "another process"
                 raise TrainingInterrupted(
-                    f"stopped by {stop.signal_name or stop.reason or 'another process'} after step {trainer.state.global_step}; "
-                    "everything is saved",
+                    f"stopped by {by} after step {trainer.state.global_step}; everything is saved",
                     hint=f"`laras resume {self._run_dir}` goes on from there",
                 )
             self._write_final(trainer)
@@ -225,7 +230,7 @@ class _Run:
         try:
             if counters.best_step is not None:
                 for name in ("best", "final"):  # after a way back, `best/` may be of the way that was left
-                    _publish(best, self._run_dir / name)
+                    publish_model(best, self._run_dir / name)
             else:
                 write_whole(self._run_dir / "final", lambda aside: write_model(trainer.model, self._tokenizer, aside))
         except WRITE_ERRORS as error:
@@ -302,15 +307,6 @@ def sft_config(config: RunConfig, plan: TrainPlan, run_dir: Path) -> SFTConfig:
         disable_tqdm=True,
         report_to="none",
     )
-
-
-def _publish(checkpoint: Path, folder: Path) -> None:
-    """Copies the model of a checkpoint to `best/` or `final/`, whole or absent, without what only a resume needs."""
-
-    def copy(aside: Path) -> None:
-        shutil.copytree(checkpoint, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*STATE_FILES))
-
-    write_whole(folder, copy)
 
 
 def _no_collator(rows: Any) -> Any:

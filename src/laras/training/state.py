@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from laras.errors import CheckpointError
+from laras.training.checkpoints import write_whole
 from laras.training.numbers import LossWatch, Stopping
 
 ADAPTER_NAME, MODEL_NAME = "adapter_model.safetensors", "model.safetensors"
@@ -61,27 +64,37 @@ class Counters:
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> dict[str, Any]:
-    """Writes the tensors of an optimizer's state to a file and returns its other values."""
+    """Writes the tensors of an optimizer's state to a file and returns its other values.
+
+    A state may hold tensors by name, or, as that of the 8-bit optimizers, in a dictionary below one.
+    """
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for number, entries in state["state"].items():
-        values[str(number)] = {}
+
+    def plain(place: str, entries: dict[str, Any]) -> dict[str, Any]:
+        kept: dict[str, Any] = {}
         for name, value in entries.items():
+            inside = f"{place}/{name}"
             if isinstance(value, Tensor):
-                tensors[f"{number}/{name}"] = value.detach().to("cpu", copy=True).contiguous()  # some are shared
+                tensors[inside] = value.detach().to("cpu", copy=True).contiguous()  # some are shared
             else:
-                values[str(number)][name] = value
+                kept[name] = plain(inside, value) if isinstance(value, dict) else value
+        return kept
+
+    values = {str(number): plain(str(number), entries) for number, entries in state["state"].items()}
     save_file(tensors, path)
     return {"groups": state["param_groups"], "values": values}
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, path: Path, rest: dict[str, Any]) -> None:
     """Gives an optimizer of the same parameters the state that `save_optimizer` saved."""
-    state: dict[int, dict[str, Any]] = {int(number): dict(values) for number, values in rest["values"].items()}
+    state: dict[int, dict[str, Any]] = {int(number): deepcopy(values) for number, values in rest["values"].items()}
     for key, tensor in load_file(path).items():
-        number, _, name = key.partition("/")
-        state.setdefault(int(number), {})[name] = tensor
+        number, *parents, name = key.split("/")
+        entries = state.setdefault(int(number), {})
+        for parent in parents:
+            entries = entries.setdefault(parent, {})
+        entries[name] = tensor
     groups = [
         # JSON has no tuples; the optimizer's own values say where one was.
         {key: tuple(value) if isinstance(own.get(key), tuple) else value for key, value in group.items()}
@@ -125,6 +138,15 @@ def write_model(model: nn.Module, tokenizer: PreTrainedTokenizerBase, folder: Pa
     else:
         whole.save_pretrained(folder, max_shard_size="100TB")  # one file
     tokenizer.save_pretrained(str(folder))
+
+
+def publish_model(checkpoint: Path, folder: Path) -> None:
+    """Copies the model of a checkpoint to a folder, whole or absent, without what only a resume needs."""
+
+    def copy(aside: Path) -> None:
+        shutil.copytree(checkpoint, aside, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*STATE_FILES))
+
+    write_whole(folder, copy)
 
 
 def load_weights(model: nn.Module, folder: Path) -> None:
