@@ -24,6 +24,7 @@ from laras import __version__
 from laras.data.store import tokens_digest
 from laras.errors import RunStateError, SealedTestError
 from laras.records import Opening, RunResult, SplitManifest
+from laras.sweep_record import SweepRecord, sweep_of, trial_dir
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -138,17 +139,19 @@ def open_sealed(run_dir: Path, purpose: str, max_samples: int | None = None) -> 
             purpose=purpose,
             max_samples=max_samples,
             laras_version=__version__,
+            validation_trials=_validation_trials(run_dir),
         ),
     )
     return _sample(table, max_samples, manifest.seed)
 
 
 def require_openable(run_dir: Path) -> None:
-    """Refuses a run whose training has not ended; opens nothing.
+    """Refuses a run whose training has not ended, and every trial of a sweep but its final one; opens nothing.
 
     Raises:
-        SealedTestError: The run is not finished.
+        SealedTestError: The run is not finished, or it is a trial that was not chosen.
     """
+    _require_final(run_dir)
     try:
         status = RunResult.load(run_dir).status
     except RunStateError as error:
@@ -158,6 +161,34 @@ def require_openable(run_dir: Path) -> None:
             f"the test set stays sealed: the run's status is {status!r}, not 'finished'",
             hint=f"finish it with `laras resume {run_dir}`",
         )
+
+
+def _require_final(run_dir: Path) -> None:
+    """A test set that scores several trials chooses among them, whatever the intention."""
+    sweep_dir = sweep_of(run_dir)
+    if sweep_dir is None:
+        return
+    try:
+        final = SweepRecord.load(sweep_dir).final
+    except RunStateError as error:
+        raise SealedTestError(f"the test set stays sealed: {error.message}", hint=error.hint) from None
+    shown = run_dir.parent.parent if run_dir.parent.name else sweep_dir
+    if final is None:
+        raise SealedTestError(
+            f"the test set stays sealed: {run_dir} is a trial of a sweep that has not ended",
+            hint=f"`laras sweep {shown}` goes on with it and names the final model",
+        )
+    if trial_dir(sweep_dir, final) != run_dir.resolve():
+        raise SealedTestError(
+            f"the test set stays sealed: {run_dir} is a trial of a sweep, and not its final model",
+            hint=f"the validation set chose another: `laras test {trial_dir(shown, final)}`",
+        )
+
+
+def _validation_trials(run_dir: Path) -> int:
+    """How many models the validation set chose this one among."""
+    sweep_dir = sweep_of(run_dir)
+    return len(SweepRecord.load(sweep_dir).trials) if sweep_dir is not None else 1
 
 
 def read_openings(run_dir: Path) -> tuple[Opening, ...]:
