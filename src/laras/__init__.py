@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from laras.api import configure, export, inspect, plan, report, resume, test, train
+    from laras.api import configure, export, inspect, plan, report, resume, sweep, test, train
     from laras.config import RunConfig
     from laras.errors import LarasError
     from laras.progress import Observer
@@ -24,6 +24,7 @@ __all__ = [
     "plan",
     "report",
     "resume",
+    "sweep",
     "test",
     "train",
 ]

@@ -26,6 +26,8 @@ from laras.rundir import RunDir, inherited_config
 if TYPE_CHECKING:
     from laras.reporting.export import Export, Format
     from laras.reporting.gguf_file import Quantization
+    from laras.sweeping.outcome import SweepOutcome
+    from laras.sweeping.space import Search
 
 ConfigLike = RunConfig | Mapping[str, Any] | str | Path | None
 
@@ -76,6 +78,29 @@ def train(
 def resume(run_dir: str | Path, *, checkpoint: int | None = None, observer: Observer | None = None) -> TrainOutcome:
     """Goes on where a run stopped. See `laras.pipeline.resume`."""
     return pipeline.resume(run_dir, observer, checkpoint=checkpoint)
+
+
+def sweep(
+    config: ConfigLike = None,
+    search: Search = (),
+    *,
+    trials: int = 12,
+    time_limit_s: float | None = None,
+    observer: Observer | None = None,
+    **overrides: Any,
+) -> SweepOutcome:
+    """Searches settings by the validation loss; the same call goes on. See `laras.sweeping.sweep.run_sweep`."""
+    from laras.sweeping.sweep import run_sweep
+
+    given = Path(config).read_text(encoding="utf-8") if isinstance(config, str | Path) else None
+    return run_sweep(
+        configure(config, **overrides),
+        search,
+        trials=trials,
+        time_limit_s=time_limit_s,
+        given=given,
+        observer=observer,
+    )
 
 
 def test(run_dir: str | Path, *, max_samples: int | None = None, observer: Observer | None = None) -> EvalResult:

@@ -19,6 +19,7 @@ from laras.cli.options import OVERRIDES
 from laras.cli.plan import plan_command
 from laras.cli.report import report_command
 from laras.cli.runs import runs_command
+from laras.cli.sweep import sweep_command
 from laras.cli.test import test_command
 from laras.cli.train import resume_command, train_command
 from laras.errors import LarasError
@@ -34,6 +35,7 @@ app.command("inspect", context_settings=OVERRIDES)(inspect_command)
 app.command("plan", context_settings=OVERRIDES)(plan_command)
 app.command("train", context_settings=OVERRIDES)(train_command)
 app.command("resume")(resume_command)
+app.command("sweep", context_settings=OVERRIDES)(sweep_command)
 app.command("test")(test_command)
 app.command("report")(report_command)
 app.command("chat")(chat_command)
