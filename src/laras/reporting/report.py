@@ -19,6 +19,8 @@ from laras.reporting import charts, formatting
 from laras.reporting.drawing import Drawing, drawing_style
 from laras.reporting.history import BUCKETS, Series
 from laras.reporting.run_data import RunData, load_run_data
+from laras.reporting.sweep_page import compared_run, sweep_page
+from laras.sweep_record import is_sweep
 
 # Rows of a table in the page; what is left out is counted there.
 _MAX_TABLE_ROWS = 40
@@ -27,12 +29,12 @@ _BAND_NOTE = "Lines are means of neighbouring values; bands reach from the lowes
 
 
 def write_report(run_dirs: Sequence[Path | str], output: Path | None = None) -> Path:
-    """Writes the page of one run, or a comparison of several.
+    """Writes the page of one run or one sweep, or a comparison of several.
 
     Everything is read as it is now, so that a run may still be going on; a section without a record says so.
 
     Args:
-        run_dirs: One or more run directories.
+        run_dirs: One or more run directories; among several, a sweep stands for its final model.
         output: Where to write; `report.html` in the run, or in the working folder for several.
 
     Returns:
@@ -44,9 +46,12 @@ def write_report(run_dirs: Sequence[Path | str], output: Path | None = None) -> 
     """
     if not run_dirs:
         raise RunStateError("no run is named", hint="`laras runs` lists the runs")
-    runs = [load_run_data(Path(path)) for path in run_dirs]
-    path = output or (runs[0].path / "report.html" if len(runs) == 1 else Path("report.html"))
-    page = render_report(runs)
+    paths = [Path(path) for path in run_dirs]
+    path = output or (paths[0] / "report.html" if len(paths) == 1 else Path("report.html"))
+    if len(paths) == 1 and is_sweep(paths[0]):
+        page = render_sweep(paths[0], links=path.resolve().parent == paths[0].resolve())
+    else:
+        page = render_report([load_run_data(compared_run(one)) for one in paths])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, page)
@@ -63,6 +68,12 @@ def render_report(runs: Sequence[RunData]) -> str:
         if len(runs) == 1:
             return _templates().get_template("run.html.j2").render(**_run_page(runs[0]))
         return _templates().get_template("comparison.html.j2").render(**_comparison_page(runs))
+
+
+def render_sweep(sweep_dir: Path, *, links: bool) -> str:
+    """The page of a sweep as text."""
+    with drawing_style():
+        return _templates().get_template("sweep.html.j2").render(**sweep_page(sweep_dir, links=links))
 
 
 @lru_cache(maxsize=1)
