@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import functools
+import json
+
 import pytest
 import torch
-from transformers import LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Phi3Config,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 from laras.config import RunConfig
 from laras.data.collate import PadCollator
 from laras.data.pack import PackCollator
 from laras.models.build import build_model
+from laras.models.fused.model import fused_refusal
 from laras.models.step import eager_step, summed_loss
+from laras.planning.architecture import load_model_spec
 from laras.progress import Observer
 from laras.records import PlanChoices
 
@@ -18,28 +33,70 @@ SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 128,
 }  # fmt: skip
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.1] * 4, "long_factor": [9.0] * 4}
+PHI3 = {**SIZES, "pad_token_id": 0, "original_max_position_embeddings": 32}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
+    "llama, biases": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
+    "llama, yarn": LlamaConfig(**SIZES, rope_parameters={"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}),
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=True),
-    "mistral": MistralConfig(**SIZES, sliding_window=None),
+    "mistral, no window": MistralConfig(**SIZES, sliding_window=None),
+    "mistral, wide window": MistralConfig(**SIZES, sliding_window=32),
     "qwen3": Qwen3Config(**SIZES, head_dim=8),
+    "qwen3, wide heads": Qwen3Config(**SIZES, head_dim=16, attention_bias=True),
+    "phi3": Phi3Config(**PHI3),
+    "phi3, part rotated": Phi3Config(**{**PHI3, "hidden_size": 64}, partial_rotary_factor=0.75),
+    "phi3, longrope": Phi3Config(**PHI3, rope_parameters=LONGROPE),
+    "gemma": GemmaConfig(**SIZES, head_dim=8),
+}
+PLAIN = {  # and why their layers are not fused
+    "mistral, narrow window": (
+        MistralConfig(**SIZES, sliding_window=31),
+        "sliding-window attention: documents of 32 tokens, at most 31",
+    ),
+    "qwen2, window": (
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=8, max_window_layers=1),
+        "sliding-window attention: documents of 32 tokens, at most 8",
+    ),
+    "phi3, longrope": (
+        Phi3Config(**{**PHI3, "original_max_position_embeddings": 16}, rope_parameters=LONGROPE),
+        "longrope: documents of 32 tokens, at most 16",
+    ),
+    "llama, dynamic": (
+        LlamaConfig(**SIZES, rope_parameters={"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}),
+        "the rotation dynamic",
+    ),
+    "llama, dropout": (LlamaConfig(**SIZES, attention_dropout=0.1), "attention_dropout 0.1"),
+    "llama, relu": (LlamaConfig(**SIZES, hidden_act="relu"), "the activation relu"),
+    "gemma, gelu": (GemmaConfig(**SIZES, head_dim=8, hidden_act="gelu"), "the activation gelu"),
+    "qwen3, odd heads": (Qwen3Config(**SIZES, head_dim=12), "heads of 12 channels"),
+    "smollm3": (SmolLM3Config(**SIZES, pad_token_id=0), "smollm3"),
 }
 LENGTHS = (5, 17, 9, 1, 12)
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    from transformers import AutoModelForCausalLM
-
     found = {}
     for name, config in CONFIGS.items():
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config)
         for parameter in model.parameters():  # random biases and norms, or a lost one would go unseen
             parameter.data.add_(0.05 * torch.randn_like(parameter))
-        found[name] = str(tmp_path_factory.mktemp(name))
+        found[name] = str(tmp_path_factory.mktemp("model"))
         model.save_pretrained(found[name])
     return found
+
+
+@pytest.fixture(scope="module")
+def expected(folders):
+    """Loss and gradient of the plain padded path."""
+
+    @functools.cache
+    def of(name):
+        return step(built(folders[name], packing=False, fused_layers=False, loss_kind="full"), PadCollator(0)(rows()))
+
+    return of
 
 
 def choices(**changes):
@@ -49,7 +106,7 @@ def choices(**changes):
         "load_in_4bit": False, "load_in_8bit": False, "precision": "fp32", "optim": "adamw_torch",
         "backend": "transformers", "attention": "sdpa", "loss_kind": "chunked", "lora_r": 4, "lora_alpha": 8.0,
         "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "trainable_parameters": 0, "total_parameters": 0,
-        "target_modules": ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        "target_modules": ("all-linear",),
         "learning_rate": 1e-4, "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "mlp_chunk_tokens": 16,
         "loss_chunk_tokens": 7,
     }  # fmt: skip
@@ -95,16 +152,59 @@ def same(found, expected):
 
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("kind", ["none", "selective", "full", "transformers"])
-def test_every_path_gives_the_loss_and_gradient_of_the_plain_padded_one(folders, name, kind):
-    plain = built(folders[name], packing=False, fused_layers=False, loss_kind="full")
-    expected = step(plain, PadCollator(0)(rows()))
+def test_every_path_gives_the_loss_and_gradient_of_the_plain_padded_one(folders, expected, name, kind):
     changes = {"fused_layers": False} if kind == "transformers" else {"checkpoint_kind": kind}
     model = built(folders[name], gradient_checkpointing=kind not in ("none", "transformers"), **changes)
-    assert (model.laras_path.fused is not None) == (kind != "transformers" and name != "qwen3")
-    same(step(model, packed(rows())), expected)
-    same(step(model, PadCollator(0)(rows())), expected)
+    assert (model.laras_path.fused is not None) == (kind != "transformers")
+    same(step(model, packed(rows())), expected(name))
+    same(step(model, PadCollator(0)(rows())), expected(name))
     without_places = {key: value for key, value in packed(rows()).items() if key != "target_positions"}
-    same(step(model, without_places), expected)
+    same(step(model, without_places), expected(name))
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_the_layers_do_not_follow_stays_plain_and_planning_knows_it(tmp_path, name):
+    config, reason = PLAIN[name]
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)  # one that exists
+    config.architectures = None
+    config.save_pretrained(tmp_path)
+    texts = []
+    observer = Observer()
+    observer.message = texts.append
+    model = build_model(RunConfig(model_name_or_path=str(tmp_path)), choices(), "meta", observer)
+    assert model.laras_path.fused is None
+    assert texts == [f"layers of transformers: no fused layers for {reason}"]
+    spec = load_model_spec(tmp_path)
+    assert spec.fused_refusal is not None or spec.fused_longest_tokens < 32
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_planning_knows_which_layers_are_fused(folders, name):
+    spec = load_model_spec(folders[name])
+    assert spec.fused_refusal is None
+    assert (spec.fused_longest_tokens or 32) >= 32
+
+
+def test_planning_reads_what_a_configuration_leaves_out_as_transformers_does(tmp_path):
+    for model_type, longest in (("mistral", 4096), ("qwen2", None), ("qwen3", None), ("phi3", None), ("gemma", None)):
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **SIZES, "pad_token_id": 0}))
+        assert load_model_spec(tmp_path).fused_longest_tokens == longest
+        model = build_model(
+            RunConfig(model_name_or_path=str(tmp_path)), choices(max_length=longest or 10**6), "meta", Observer()
+        )
+        assert model.laras_path.fused is not None
+        refusal = fused_refusal(model, (longest or 10**6) + 1)
+        assert (refusal is None) == (longest is None)
+
+
+def test_layers_of_a_models_own_code_stay_plain(folders):
+    class Own(LlamaForCausalLM):
+        pass
+
+    model = built(folders["llama"])
+    model.get_base_model().__class__ = Own
+    assert fused_refusal(model, 32) == "no fused layers for a model's own code"
 
 
 def test_changing_one_document_changes_no_other_loss(folders):

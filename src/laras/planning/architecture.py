@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from laras.errors import ConfigError
+from laras.planning.layer_forms import FusedSupport, fused_support
 from laras.records import ModelSpec, digest_of
 
 _KEYS: dict[str, tuple[str, ...]] = {
@@ -187,6 +188,7 @@ def model_spec_from_config(config: Mapping[str, Any], source: str) -> ModelSpec:
     small += layers * experts * hidden  # the router
     small += hidden * (2 if family.norm_bias else 1) + (vocab if family.head_bias else 0)
     small += positions * hidden if family.learned_positions else 0
+    fused = fused_support(text, head_dim) if text is config else FusedSupport("no fused layers for a part of a model")
     return ModelSpec(
         source=source,
         model_type=model_type,
@@ -206,6 +208,8 @@ def model_spec_from_config(config: Mapping[str, Any], source: str) -> ModelSpec:
         linear_parameters=linear,
         embedding_parameters=embedding,
         config_digest=digest_of(dict(config)),
+        fused_refusal=fused.refusal,
+        fused_longest_tokens=fused.longest_tokens,
     )
 
 

@@ -120,9 +120,13 @@ def packing_refusal(
     return None
 
 
-def fused_possible(config: RunConfig, spec: ModelSpec, hardware: HardwareSpec, precision: Precision) -> bool:
+def fused_possible(
+    config: RunConfig, spec: ModelSpec, hardware: HardwareSpec, precision: Precision, length_tokens: int
+) -> bool:
     """Whether the fused layers run; what `laras.models.fused.model.fused_refusal` finds on the built model."""
     if config.finetuning_type != "lora" or spec.model_type not in FUSED_TYPES or config.loss_kind == "full":
+        return False
+    if spec.fused_refusal is not None or length_tokens > (spec.fused_longest_tokens or length_tokens):
         return False
     if config.lora_dropout or config.use_dora or config.load_in_8bit:
         return False
@@ -175,7 +179,7 @@ def _case(
         lora_r=rank_of(config, spec),
         target_modules=targets_of(config, spec),
         keeps_gradients=accumulation > 1,
-        fused=fused_possible(config, spec, hardware, precision),
+        fused=fused_possible(config, spec, hardware, precision, work.length_tokens),
         checkpoint_kind=kind,
         loss_chunk_tokens=LOSS_CHUNK_TOKENS if plain_head else 0,
     )

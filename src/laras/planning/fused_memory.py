@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from laras.planning.layer_forms import FUSED_TYPES, LAYER_FORMS
 from laras.records import ModelSpec
 
 if TYPE_CHECKING:
     from laras.planning.memory import MemoryCase
 
-FUSED_TYPES = frozenset({"llama", "mistral", "qwen2"})
+__all__ = ["FUSED_TYPES", "fused_peak", "fused_static_bytes"]
 _LSE_BYTES = 4
 
 
@@ -38,9 +39,10 @@ def _sizes(spec: ModelSpec, rank: int) -> _Sizes:
         return -(-ranks // 16) * 16
 
     query, key_value = spec.attention_heads * spec.head_dim, spec.key_value_heads * spec.head_dim
+    form = LAYER_FORMS[spec.model_type]
     return _Sizes(
         spec.hidden_size, query, key_value, spec.intermediate_size,
-        rounded(3 * rank), rounded(rank), rounded(2 * rank), rounded(rank),
+        rounded(len(form.qkv) * rank), rounded(rank), rounded(len(form.gate_up) * rank), rounded(rank),
     )  # fmt: skip
 
 

@@ -277,7 +277,7 @@ def _reasons(
     if case.weights == "nf4" and wide:
         least = min(one.memory.train_peak_reserved_bytes for one in wide)
         four_bit = f"unquantised weights need at least {_gib(least)}"
-    fused = fused_possible(config, spec, hardware, precision)
+    fused = fused_possible(config, spec, hardware, precision, work.length_tokens)
     return {
         "max_length": f"the longest example in multiples of 128, at most {cap}"
         if work.stats

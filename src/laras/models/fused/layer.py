@@ -6,8 +6,9 @@
 | `selective` | 2 (2 D + qkv + D)                                                  | also gate and up                 |
 | `full`      | 2 D, the layer's input                                             | also q, k, v, attention, o       |
 
-(The names say how much is checkpointed.) Gate, up and their gradients exist for `mlp_chunk` tokens at a time unless
-they are kept. Shapes: T tokens, D hidden, F feed-forward width, H heads, G key-value heads, C channels.
+(The names say how much is checkpointed.) Where query and key are normed by head, what is kept of them is from before
+the norm, and backward norms and rotates them again. Gate, up and their gradients exist for `mlp_chunk` tokens at a time
+unless they are kept. Shapes: T tokens, D hidden, F feed-forward width, H heads, G key-value heads, C channels.
 """
 
 from __future__ import annotations
@@ -19,7 +20,15 @@ import torch
 from torch import Tensor
 
 from laras.models.fused.attention import Documents, attention, attention_backward
-from laras.models.fused.kernels import rms_norm_, rms_norm_backward_, rope_, swiglu_, swiglu_backward_
+from laras.models.fused.kernels import (
+    head_norm_,
+    head_norm_backward_,
+    rms_norm_,
+    rms_norm_backward_,
+    rope_,
+    swiglu_,
+    swiglu_backward_,
+)
 from laras.models.fused.lora import LoraGroup
 
 
@@ -33,7 +42,10 @@ class FusedLayer:
     down: LoraGroup
     input_norm: Tensor
     middle_norm: Tensor
+    query_norm: Tensor | None  # over the channels of a head, before it is rotated
+    key_norm: Tensor | None
     eps: float
+    activation: str
     heads: int
     key_value_heads: int
     channels: int
@@ -151,21 +163,48 @@ def _attend(layer: FusedLayer, hidden: Tensor, documents: Documents) -> _Attende
     ranks = buffer[:, layer.qkv.inputs :].clone()
     del buffer
     q, k, v = _heads(layer, qkv)
-    rope_(q, documents.cos_TC, documents.sin_TC, q)
-    rope_(k, documents.cos_TC, documents.sin_TC, k)
+    q, k = _turned(layer, q, k, documents)
     out_THC, saved = attention(q, k, v, documents, layer.scale)
     out = out_THC.flatten(1)
+    del q, k, v
     middle, o_ranks = layer.o.add_forward(out, hidden)
     return _Attended(qkv, ranks, out, saved, o_ranks, middle)
+
+
+def _turned(layer: FusedLayer, q: Tensor, k: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
+    """Query and key as attention takes them: rotated in place, or normed and rotated beside what backward needs."""
+    turned = []
+    for heads, weight in ((q, layer.query_norm), (k, layer.key_norm)):
+        out = heads
+        if weight is not None:
+            out = heads.new_empty(heads.shape)
+            head_norm_(heads, weight, layer.eps, out)
+        rope_(out, documents.cos_TC, documents.sin_TC, out)
+        turned.append(out)
+    return turned[0], turned[1]
+
+
+def _turned_back(
+    layer: FusedLayer, weight: Tensor | None, gradient: Tensor, raw: Tensor, documents: Documents, out: Tensor
+) -> None:
+    """The gradient to what `_turned` took."""
+    if weight is None:
+        rope_(gradient, documents.cos_TC, documents.sin_TC, out, -1.0)
+        return
+    rope_(gradient, documents.cos_TC, documents.sin_TC, gradient, -1.0)
+    head_norm_backward_(raw, weight, layer.eps, gradient, out)
 
 
 def _feed(layer: FusedLayer, middle: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gate_up, ranks = _gate_up(layer, middle)
     product = layer.down.new_input(middle)
-    swiglu_(gate_up[:, : layer.width], gate_up[:, layer.width : 2 * layer.width], product[:, : layer.width])
+    gate, up = gate_up[:, : layer.width], gate_up[:, layer.width : 2 * layer.width]
+    swiglu_(gate, up, product[:, : layer.width], layer.activation)
     a = layer.down.storage[layer.down.outputs :, : layer.width]
     torch.mm(product[:, : layer.width], a.t(), out=product[:, layer.width :])
     torch.addmm(middle, product, layer.down.storage[: layer.down.outputs].t(), out=out)
+    if layer.down.bias is not None:
+        out.add_(layer.down.bias)
     return gate_up, ranks, product[:, layer.width :].clone()
 
 
@@ -185,7 +224,8 @@ def _feed_backward(
     hidden = middle.shape[1]
     gate_up, ranks = (feed[0], feed[1]) if feed is not None else _gate_up(layer, middle)
     product, dyb = layer.down.backward(total[:, : hidden + layer.down.ranks])
-    swiglu_backward_(gate_up[:, : layer.width], gate_up[:, layer.width : 2 * layer.width], product)
+    gate, up = gate_up[:, : layer.width], gate_up[:, layer.width : 2 * layer.width]
+    swiglu_backward_(gate, up, product, layer.activation)
     down_ranks = feed[2] if feed is not None else torch.mm(
         product, layer.down.storage[layer.down.outputs :, : layer.width].t()
     )  # fmt: skip
@@ -215,13 +255,15 @@ def _attend_backward(
     each = layer.key_value_heads // parts
     for start in range(0, layer.key_value_heads, each):
         few, many = slice(start, start + each), slice(start * group, (start + each) * group)
-        q, k, v = sources[0][:, many], sources[1][:, few], sources[2][:, few]
+        raw_q, raw_k, v = sources[0][:, many], sources[1][:, few], sources[2][:, few]
+        q, k = (raw_q, raw_k) if layer.query_norm is None else _turned(layer, raw_q, raw_k, documents)
         saved = attended.saved
         if saved is not None:
             saved = (saved[0][many].contiguous(), *saved[1:])
         dq, dk, dv = attention_backward(gradient_THC[:, many], q, k, v, out_THC[:, many], saved, documents, layer.scale)
-        rope_(dq, documents.cos_TC, documents.sin_TC, targets[0][:, many], -1.0)
-        rope_(dk, documents.cos_TC, documents.sin_TC, targets[1][:, few], -1.0)
+        del q, k
+        _turned_back(layer, layer.query_norm, dq, raw_q, documents, targets[0][:, many])
+        _turned_back(layer, layer.key_norm, dk, raw_k, documents, targets[1][:, few])
         targets[2][:, few].copy_(dv)
         del dq, dk, dv
     del gradient, gradient_THC

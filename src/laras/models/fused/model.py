@@ -17,9 +17,9 @@ from laras.models.fused.kernels import rms_norm_, rms_norm_backward_
 from laras.models.fused.layer import FusedLayer
 from laras.models.fused.lora import ADAPTER, LoraGroup
 from laras.models.fused.loss import IGNORE_INDEX, chunked_nll
+from laras.planning.layer_forms import ACTIVATIONS, FUSED_TYPES, LAYER_FORMS, LayerForm, fused_support
 
-FUSED_TYPES = frozenset({"llama", "mistral", "qwen2"})
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+__all__ = ["FUSED_TYPES", "FusedModel", "fused_refusal"]
 
 
 class FusedModel:
@@ -41,10 +41,12 @@ class FusedModel:
         self._causal = model.get_base_model()
         self._decoder = self._causal.base_model
         self._loss_chunk, self._longest_tokens = loss_chunk, longest_tokens
+        config = self._causal.config
+        form = LAYER_FORMS[config.model_type]
         self.layers = [
-            _fused_layer(layer, self._causal.config, dtype, checkpoint_kind, mlp_chunk)
-            for layer in self._decoder.layers
+            _fused_layer(layer, config, form, dtype, checkpoint_kind, mlp_chunk) for layer in self._decoder.layers
         ]
+        self._norm = _norm_weight(self._decoder.norm, form), config.rms_norm_eps
         self._spare = self.layers[-1].spare  # kept apart, as planning wraps the layers
         self._lora_layers = [one for layer in self.layers for group in layer.groups for one in group.layers]
 
@@ -83,8 +85,8 @@ class FusedModel:
         places = batch.get("target_positions")
         if places is None:
             places = (targets_T != IGNORE_INDEX).nonzero().squeeze(1)
-        norm, head = self._decoder.norm, self._causal.get_output_embeddings()
-        hidden_ND = _TargetNorm.apply(hidden_TD, places, norm.weight, norm.variance_epsilon, self._spare)  # type: ignore[no-untyped-call]
+        head, (weight, eps) = self._causal.get_output_embeddings(), self._norm
+        hidden_ND = _TargetNorm.apply(hidden_TD, places, weight, eps, self._spare)  # type: ignore[no-untyped-call]
         del hidden_TD
         return chunked_nll(hidden_ND, head.weight, head.bias, targets_T[places], self._loss_chunk)
 
@@ -112,20 +114,26 @@ class _TargetNorm(torch.autograd.Function):
         return total_TD, None, None, None, None
 
 
-def fused_refusal(model: Any) -> str | None:  # noqa: PLR0911 - one reason a line
-    """Why a model cannot have fused layers, in one line; None when it can."""
+def fused_refusal(model: Any, longest_tokens: int) -> str | None:  # noqa: PLR0911 - one reason a line
+    """Why a model cannot have fused layers, in one line; None when it can.
+
+    Args:
+        model: With adapters.
+        longest_tokens: Longest document of a batch.
+    """
     if not hasattr(model, "peft_config"):
         return "fused layers are for LoRA"
     causal = model.get_base_model()
     config = causal.config
-    if config.model_type not in FUSED_TYPES:
+    form = LAYER_FORMS.get(config.model_type)
+    if form is None:
         return f"no fused layers for {config.model_type}"
-    if getattr(config, "hidden_act", "silu") != "silu":
-        return f"no fused layers for the activation {config.hidden_act}"
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
-        config.model_type == "mistral" and getattr(config, "sliding_window", None)
-    ):
-        return "no fused layers for sliding-window attention"
+    if type(causal).__module__ != f"transformers.models.{config.model_type}.modeling_{config.model_type}":
+        return "no fused layers for a model's own code"
+    first = causal.base_model.layers[0]
+    refusal = fused_support(config.to_dict(), first.self_attn.head_dim).refusal_at(longest_tokens)
+    if refusal is not None:
+        return refusal
     if list(model.peft_config) != [ADAPTER]:
         return "fused layers are for one adapter named default"
     settings = model.peft_config[ADAPTER]
@@ -135,26 +143,35 @@ def fused_refusal(model: Any) -> str | None:  # noqa: PLR0911 - one reason a lin
         return "base weights are trained"
     for layer in causal.base_model.layers:
         parts = (layer.self_attn, layer.mlp)
-        linear = [getattr(part, name) for name in _PROJECTIONS for part in parts if hasattr(part, name)]
-        if len(linear) != len(_PROJECTIONS) or not all(hasattr(one, "lora_A") for one in linear):
-            return "an adapter is missing on one of the seven projections"
+        linear = [getattr(part, name) for name in form.projections for part in parts if hasattr(part, name)]
+        if len(linear) != len(form.projections) or not all(hasattr(one, "lora_A") for one in linear):
+            return f"an adapter is missing on one of {', '.join(form.projections)}"
     return None
 
 
-def _fused_layer(layer: Any, config: Any, dtype: torch.dtype, kind: str, chunk: int) -> FusedLayer:
+def _norm_weight(norm: Any, form: LayerForm) -> Tensor:
+    """What a norm multiplies by; its type says when it rounds, see `laras.models.fused.kernels`."""
+    weight: Tensor = norm.weight.data
+    return 1.0 + weight.float() if form.one_centred else weight
+
+
+def _fused_layer(layer: Any, config: Any, form: LayerForm, dtype: torch.dtype, kind: str, chunk: int) -> FusedLayer:
     attention, mlp = layer.self_attn, layer.mlp
     return FusedLayer(
-        qkv=LoraGroup([attention.q_proj, attention.k_proj, attention.v_proj], dtype),
+        qkv=LoraGroup([getattr(attention, name) for name in form.qkv], dtype),
         o=LoraGroup([attention.o_proj], dtype),
-        gate_up=LoraGroup([mlp.gate_proj, mlp.up_proj], dtype),
+        gate_up=LoraGroup([getattr(mlp, name) for name in form.gate_up], dtype),
         down=LoraGroup([mlp.down_proj], dtype),
-        input_norm=layer.input_layernorm.weight.data,
-        middle_norm=layer.post_attention_layernorm.weight.data,
-        eps=layer.input_layernorm.variance_epsilon,
+        input_norm=_norm_weight(layer.input_layernorm, form),
+        middle_norm=_norm_weight(layer.post_attention_layernorm, form),
+        query_norm=_norm_weight(attention.q_norm, form) if form.head_norm else None,
+        key_norm=_norm_weight(attention.k_norm, form) if form.head_norm else None,
+        eps=config.rms_norm_eps,
+        activation=ACTIVATIONS[config.hidden_act],
         heads=config.num_attention_heads,
         key_value_heads=config.num_key_value_heads,
         channels=attention.head_dim,
-        width=mlp.gate_proj.out_features,
+        width=mlp.down_proj.in_features,
         scale=attention.scaling,
         checkpoint_kind=kind,
         mlp_chunk=chunk,

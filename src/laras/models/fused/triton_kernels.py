@@ -8,6 +8,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+# Of gelu's tanh form; see `laras.models.fused.kernels`.
+_GELU: tl.constexpr = tl.constexpr(1.5957691216057308)
+_CUBIC: tl.constexpr = tl.constexpr(0.044715)
+
 
 @triton.jit
 def _norm(x_ptr, w_ptr, out_ptr, x_stride, out_stride, eps, D: tl.constexpr, BLOCK: tl.constexpr):
@@ -17,9 +21,9 @@ def _norm(x_ptr, w_ptr, out_ptr, x_stride, out_stride, eps, D: tl.constexpr, BLO
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
     wide = x.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
-    weight = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    normed = (wide * rstd).to(x.dtype).to(tl.float32)
-    tl.store(out_ptr + row * out_stride + column, (normed * weight).to(x.dtype), mask=inside)
+    weight = tl.load(w_ptr + column, mask=inside, other=0.0)
+    normed = (wide * rstd).to(weight.dtype).to(tl.float32)
+    tl.store(out_ptr + row * out_stride + column, (normed * weight.to(tl.float32)).to(x.dtype), mask=inside)
 
 
 @triton.jit
@@ -33,28 +37,29 @@ def _norm_backward(
     x = tl.load(x_ptr + row * x_stride + column, mask=inside, other=0.0)
     wide = x.to(tl.float32)
     rstd = tl.rsqrt(tl.sum(wide * wide, 0) / D + eps)
-    weight = tl.load(w_ptr + column, mask=inside, other=0.0).to(tl.float32)
-    weighted = tl.load(g_ptr + row * g_stride + column, mask=inside, other=0.0).to(tl.float32) * weight
+    weight = tl.load(w_ptr + column, mask=inside, other=0.0)
+    wide_weight = weight.to(tl.float32)
+    weighted = tl.load(g_ptr + row * g_stride + column, mask=inside, other=0.0).to(tl.float32) * wide_weight
     normed = wide * rstd
     gradient = (weighted - normed * (tl.sum(weighted * normed, 0) / D)) * rstd
     total = tl.load(t_ptr + row * t_stride + column, mask=inside, other=0.0)
     tl.store(t_ptr + row * t_stride + column, (total.to(tl.float32) + gradient).to(total.dtype), mask=inside)
     if WRITES:
-        out = normed.to(x.dtype).to(tl.float32) * weight
+        out = normed.to(weight.dtype).to(tl.float32) * wide_weight
         tl.store(out_ptr + row * out_stride + column, out.to(x.dtype), mask=inside)
 
 
 @triton.jit
 def _rope(
     x_ptr, cos_ptr, sin_ptr, out_ptr, x_token, x_head, out_token, out_head, cos_token, sign, HEADS,
-    HALF: tl.constexpr, BLOCK: tl.constexpr,
+    HALF: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     head = tl.arange(0, BLOCK)[:, None]
-    column = tl.arange(0, HALF)[None, :]
-    inside = head < HEADS
-    cos = tl.load(cos_ptr + token * cos_token + column).to(tl.float32)
-    sin = tl.load(sin_ptr + token * cos_token + column).to(tl.float32) * sign
+    column = tl.arange(0, COLUMNS)[None, :]  # a power of two; half of a head may be none
+    inside = (head < HEADS) & (column < HALF)
+    cos = tl.load(cos_ptr + token * cos_token + column, mask=column < HALF, other=0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + token * cos_token + column, mask=column < HALF, other=0.0).to(tl.float32) * sign
     source = x_ptr + token * x_token + head * x_head + column
     first = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     second = tl.load(source + HALF, mask=inside, other=0.0).to(tl.float32)
@@ -64,18 +69,57 @@ def _rope(
 
 
 @triton.jit
-def _swiglu(gate_ptr, up_ptr, out_ptr, stride, out_stride, F, BLOCK: tl.constexpr):
+def _head_norm(
+    x_ptr, w_ptr, out_ptr, x_token, x_head, out_token, out_head, eps, HEADS,
+    C: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, BLOCK)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (head < HEADS) & (column < C)
+    x = tl.load(x_ptr + token * x_token + head * x_head + column, mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(wide * wide, 1) / C + eps)[:, None]
+    weight = tl.load(w_ptr + column, mask=column < C, other=0.0)
+    out = (wide * rstd).to(weight.dtype).to(tl.float32) * weight.to(tl.float32)
+    tl.store(out_ptr + token * out_token + head * out_head + column, out.to(x.dtype), mask=inside)
+
+
+@triton.jit
+def _head_norm_backward(
+    x_ptr, w_ptr, g_ptr, out_ptr, x_token, x_head, g_token, g_head, out_token, out_head, eps, HEADS,
+    C: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, BLOCK)[:, None]
+    column = tl.arange(0, COLUMNS)[None, :]
+    inside = (head < HEADS) & (column < C)
+    wide = tl.load(x_ptr + token * x_token + head * x_head + column, mask=inside, other=0.0).to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(wide * wide, 1) / C + eps)[:, None]
+    weight = tl.load(w_ptr + column, mask=column < C, other=0.0).to(tl.float32)
+    gradient = tl.load(g_ptr + token * g_token + head * g_head + column, mask=inside, other=0.0).to(tl.float32)
+    normed, weighted = wide * rstd, gradient * weight
+    out = (weighted - normed * (tl.sum(weighted * normed, 1)[:, None] / C)) * rstd
+    target = out_ptr + token * out_token + head * out_head + column
+    tl.store(target, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu(gate_ptr, up_ptr, out_ptr, stride, out_stride, F, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
     gate = tl.load(gate_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    out = (gate * tl.sigmoid(gate)).to(out_ptr.dtype.element_ty).to(tl.float32) * up
+    inner = gate
+    if GELU:
+        inner = _GELU * gate * (1.0 + _CUBIC * gate * gate)
+    out = (gate * tl.sigmoid(inner)).to(out_ptr.dtype.element_ty).to(tl.float32) * up
     tl.store(out_ptr + row * out_stride + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _swiglu_backward(gate_ptr, up_ptr, g_ptr, stride, g_stride, F, BLOCK: tl.constexpr):
+def _swiglu_backward(gate_ptr, up_ptr, g_ptr, stride, g_stride, F, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
@@ -83,11 +127,17 @@ def _swiglu_backward(gate_ptr, up_ptr, g_ptr, stride, g_stride, F, BLOCK: tl.con
     gate = tl.load(gate_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(g_ptr + row * g_stride + column, mask=inside, other=0.0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    tl.store(gate_ptr + row * stride + column, (gradient * up * (sigmoid + silu * (1 - sigmoid))).to(kind), mask=inside)
-    tl.store(up_ptr + row * stride + column, (gradient * silu).to(kind), mask=inside)
-    tl.store(g_ptr + row * g_stride + column, (silu * up).to(kind), mask=inside)
+    if GELU:
+        sigmoid = tl.sigmoid(_GELU * gate * (1.0 + _CUBIC * gate * gate))
+        activated = gate * sigmoid
+        slope = sigmoid + activated * (1 - sigmoid) * (_GELU * (1.0 + 3 * _CUBIC * gate * gate))
+    else:
+        sigmoid = tl.sigmoid(gate)
+        activated = gate * sigmoid
+        slope = sigmoid + activated * (1 - sigmoid)
+    tl.store(gate_ptr + row * stride + column, (gradient * up * slope).to(kind), mask=inside)
+    tl.store(up_ptr + row * stride + column, (gradient * activated).to(kind), mask=inside)
+    tl.store(g_ptr + row * g_stride + column, (activated * up).to(kind), mask=inside)
 
 
 @triton.jit
@@ -140,24 +190,47 @@ def rope_(heads_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, out_THC: Tensor, si
     tokens, heads, channels = heads_THC.shape
     _rope[(tokens,)](
         heads_THC, cos_TC, sin_TC, out_THC, heads_THC.stride(0), heads_THC.stride(1), out_THC.stride(0),
-        out_THC.stride(1), cos_TC.stride(0), sign, heads, channels // 2, triton.next_power_of_2(heads), num_warps=4,
+        out_THC.stride(1), cos_TC.stride(0), sign, heads, channels // 2, triton.next_power_of_2(heads),
+        triton.next_power_of_2(channels // 2), num_warps=4,
     )  # fmt: skip
 
 
-def swiglu_(gate_TF: Tensor, up_TF: Tensor, out_TF: Tensor) -> None:
+def head_norm_(heads_THC: Tensor, weight_C: Tensor, eps: float, out_THC: Tensor) -> None:
+    """As in `laras.models.fused.kernels`."""
+    tokens, heads, channels = heads_THC.shape
+    _head_norm[(tokens,)](
+        heads_THC, weight_C, out_THC, heads_THC.stride(0), heads_THC.stride(1), out_THC.stride(0), out_THC.stride(1),
+        eps, heads, channels, triton.next_power_of_2(heads), triton.next_power_of_2(channels), num_warps=4,
+    )  # fmt: skip
+
+
+def head_norm_backward_(heads_THC: Tensor, weight_C: Tensor, eps: float, gradient_THC: Tensor, out_THC: Tensor) -> None:
+    """As in `laras.models.fused.kernels`."""
+    tokens, heads, channels = heads_THC.shape
+    _head_norm_backward[(tokens,)](
+        heads_THC, weight_C, gradient_THC, out_THC, heads_THC.stride(0), heads_THC.stride(1), gradient_THC.stride(0),
+        gradient_THC.stride(1), out_THC.stride(0), out_THC.stride(1), eps, heads, channels,
+        triton.next_power_of_2(heads), triton.next_power_of_2(channels), num_warps=4,
+    )  # fmt: skip
+
+
+def swiglu_(gate_TF: Tensor, up_TF: Tensor, out_TF: Tensor, activation: str) -> None:
     """As in `laras.models.fused.kernels`."""
     tokens, width = gate_TF.shape
     grid = (tokens, triton.cdiv(width, 2048))
-    _swiglu[grid](gate_TF, up_TF, out_TF, gate_TF.stride(0), out_TF.stride(0), width, 2048, num_warps=4)
+    _swiglu[grid](
+        gate_TF, up_TF, out_TF, gate_TF.stride(0), out_TF.stride(0), width, activation == "gelu_tanh", 2048, num_warps=4
+    )
 
 
-def swiglu_backward_(gate_TF: Tensor, up_TF: Tensor, gradient_TF: Tensor) -> None:
+def swiglu_backward_(gate_TF: Tensor, up_TF: Tensor, gradient_TF: Tensor, activation: str) -> None:
     """As in `laras.models.fused.kernels`."""
     tokens, width = gate_TF.shape
     grid = (tokens, triton.cdiv(width, 2048))
     _swiglu_backward[grid](
-        gate_TF, up_TF, gradient_TF, gate_TF.stride(0), gradient_TF.stride(0), width, 2048, num_warps=4
-    )
+        gate_TF, up_TF, gradient_TF, gate_TF.stride(0), gradient_TF.stride(0), width, activation == "gelu_tanh", 2048,
+        num_warps=4,
+    )  # fmt: skip
 
 
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, nll_T: Tensor) -> None:

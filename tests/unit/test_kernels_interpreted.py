@@ -1,0 +1,55 @@
+"""The Triton kernels without a GPU: Triton's interpreter runs them on the CPU, beside their plain references.
+
+Needs triton, which torch for the CPU does not bring, and `TRITON_INTERPRET=1` in the environment.
+What the interpreter cannot show is whether they compile, and how fast they are: `tests/gpu`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from kernel_cases import CASES, TOLERANCES, assert_close
+from laras.models.fused import kernels
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None,
+    reason="needs triton and TRITON_INTERPRET=1",
+)
+
+
+# The interpreter does not run loops whose end is an argument.
+@pytest.mark.parametrize("dtype", list(TOLERANCES), ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.startswith("cross entropy")])
+def test_a_kernel_gives_what_its_reference_gives(dtype, name):
+    from laras.models.fused import triton_kernels
+
+    references, call = CASES[name](dtype)
+    before = [None if one is None else one.clone() for one in references]
+    found = [None if one is None else torch.empty_strided(one.shape, one.stride(), dtype=one.dtype) for one in before]
+    for old, new in zip(references, found, strict=True):
+        if old is not None:
+            new.copy_(old)
+    call(kernels, *references)
+    call(triton_kernels, *found)
+    # The interpreter cuts a float32 off where a GPU rounds it to bfloat16.
+    assert_close(name, dtype, references, found, slack=2.0 if dtype == torch.bfloat16 else 1.0)
+    assert any(one is not None and not torch.equal(one, old) for one, old in zip(references, before, strict=True))
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])  # bfloat16: see above
+@pytest.mark.parametrize("inputs", [64, 1536, 4160])
+def test_4bit_weights_are_unpacked_bit_for_bit(layers, dtype, inputs):
+    pytest.importorskip("bitsandbytes")
+    from laras.models.fused.triton_nf4 import unpack_, unpack_refusal
+    from nf4_cases import packed_group, unpacked_by_bitsandbytes
+
+    group = packed_group(layers, inputs, "cpu", dtype)
+    assert unpack_refusal(group.states, inputs) is None
+    found = torch.zeros_like(group.storage)
+    unpack_(group.packed, group.states, group.row_starts, group.factors, found)
+    assert torch.equal(found, unpacked_by_bitsandbytes(group))
