@@ -370,7 +370,7 @@ class RunEvent(Value):
 class PlanChange(Value):
     """One time that memory was less than planned."""
 
-    step: int  # the optimizer step that was finished with the new size
+    step: int  # optimizer steps done before
     reason: str
     train_split_level: int
     eval_split_level: int

@@ -245,7 +245,7 @@ def test_answer_that_only_the_next_turn_closes_is_a_problem():
         ("{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}", "end-of-turn"),
         ("{{ messages | length }}{% for m in messages %}{{ m.content + '</s>' }}{% endfor %}", "renders the messages"),
         ("{{ raise_exception('never') }}", "never"),
-        ("{% if %}", "refuses"),
+        ("{% if %}", "no Jinja that can be compiled"),
         ("{% generation %}{% endgeneration %}".join(["{% if false %}", "{% endif %}x"]), "marks nothing"),
     ],
 )

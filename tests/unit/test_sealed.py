@@ -123,7 +123,7 @@ def test_what_is_on_disk_is_no_table_and_shows_no_token(tmp_path):
     assert b"PAR1" not in content and len(content) == len(plain.getvalue()) + len(b"laras sealed 1\n")
     with pytest.raises(pa.ArrowException):
         pq.read_table(path)
-    with pytest.raises(DataError, match="neither|no data file"):  # a folder that is taken for data does not give it
+    with pytest.raises(DataError, match=r"neither|no data file"):  # a folder that is taken for data does not give it
         find_sources(str(tmp_path / "splits"))
     assert unseal(tmp_path, digest).equals(table)
     with pytest.raises(SealedTestError, match="altered or damaged"):

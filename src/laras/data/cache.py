@@ -92,7 +92,7 @@ def load_prepared(key: str, observer: Observer) -> Entry | None:
             raise RunStateError("members.parquet was altered")
         if manifest.parent_digest != profile.digest():
             raise RunStateError("the records do not belong together")
-    except (RunStateError, OSError) as error:
+    except (RunStateError, OSError, KeyError) as error:  # the last one: a table of other columns
         observer.message(f"the cached rows are damaged and are made anew: {str(error).splitlines()[0]}")
         shutil.rmtree(folder, ignore_errors=True)
         return None

@@ -15,10 +15,16 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from laras.data.limits import memory_limit
 from laras.errors import DataError
 
 MAX_LINE_BYTES = 64 * 2**20  # a longer line is no example but a file without line ends
 _BATCH_ROWS = 1_000
+# Parquet files are compressed: a few bytes can stand for any number of rows, and for rows of any size.
+_MOST_DECODED_BYTES = 4 * 2**30  # that decoding a batch may take
+_SLICE_BYTES = 64 * 2**20  # of a batch that become Python's objects at once
+_MOST_ROWS, _MOST_ROWS_PER_BYTE = 10_000_000, 100
+_FREE_BYTES, _MOST_EXPANSION = 2**30, 1_000
 
 
 class SourceRow(NamedTuple):
@@ -234,18 +240,53 @@ def _parquet_rows(path: Path) -> Iterator[SourceRow]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    number, decoded, size = 0, 0, path.stat().st_size
     try:
-        with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_BATCH_ROWS):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield SourceRow(number, row, None)
+        with memory_limit(_MOST_DECODED_BYTES):
+            file = pq.ParquetFile(path)
+        with file:
+            rows = file.metadata.num_rows
+            if rows > max(_MOST_ROWS, size * _MOST_ROWS_PER_BYTE):
+                raise _bomb(path, f"{rows:,} rows in a file of {size:,} bytes")
+            batches = file.iter_batches(batch_size=_BATCH_ROWS)
+            while True:
+                with memory_limit(_MOST_DECODED_BYTES):
+                    batch = next(batches, None)
+                if batch is None:
+                    return
+                decoded += batch.nbytes
+                if decoded > max(_FREE_BYTES, size * _MOST_EXPANSION):
+                    raise _bomb(path, f"more than {decoded:,} bytes of rows in a file of {size:,}")
+                for row in _table_rows(batch, number):
+                    yield row
+                    number = row.line
+    except MemoryError:
+        raise _bomb(path, f"decoding what follows row {number} takes more than {_MOST_DECODED_BYTES:,} bytes") from None
     except (pa.ArrowException, OSError, ValueError, OverflowError) as error:  # a date may be beyond those of Python
         detail = (str(error) or type(error).__name__).splitlines()[0]
         raise DataError(
             f"{path}: no Parquet file, or a damaged one, after row {number}: {detail}", hint="write the file anew"
         ) from None
+
+
+def _table_rows(batch: Any, before: int) -> Iterator[SourceRow]:
+    """Rows of a batch, so many at once as are of moderate size; one that is too large is named."""
+    step = max(1, batch.num_rows * _SLICE_BYTES // max(1, batch.nbytes))
+    for start in range(0, batch.num_rows, step):
+        part = batch.slice(start, step)
+        if part.nbytes <= 2 * _SLICE_BYTES:
+            yield from (SourceRow(before + start + n, row, None) for n, row in enumerate(part.to_pylist(), start=1))
+            continue
+        for n in range(part.num_rows):
+            row, line = part.slice(n, 1), before + start + n + 1
+            if row.nbytes > MAX_LINE_BYTES:
+                yield SourceRow(line, None, f"a row of {row.nbytes:,} bytes; the limit is {MAX_LINE_BYTES:,}")
+            else:
+                yield SourceRow(line, row.to_pylist()[0], None)
+
+
+def _bomb(path: Path, what: str) -> DataError:
+    return DataError(f"{path} expands too much: {what}", hint="write the rows as JSONL, or in several files")
 
 
 READERS: dict[str, Callable[[Path], Iterator[SourceRow]]] = {

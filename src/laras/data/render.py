@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from laras.data.limits import memory_limit
 from laras.data.masks import (
     IGNORE_INDEX,
     Message,
@@ -30,12 +31,14 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
+    from laras.data.template import ChatTemplate
+
 MaskSource = Literal["generation-markers", "derived", "boundary", "all-tokens"]
 
 CHAT_FORMATS: tuple[Format, ...] = ("messages", "sharegpt", "alpaca")
 _MOST_SKELETONS = 10_000
-# What a template's own expressions may raise. The sandbox keeps it from Python's objects and from long ranges, not from
-# taking long: loops in loops end when the user ends them.
+_DECODED_BYTES = 4 * 2**30  # that rendering a batch may take
+# What a template's own expressions may raise.
 _PROGRAM_ERRORS = (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError, MemoryError)
 
 _GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
@@ -94,7 +97,7 @@ class Renderer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, mask_source: MaskSource, chat_template: str | None) -> None:
         self.mask_source: MaskSource = mask_source
         self._tokenizer = tokenizer
-        self._chat_template = chat_template
+        self._chat_template = _compiled(chat_template) if chat_template is not None else None
         self._special = SpecialTokens(str(token) for token in tokenizer.added_tokens_decoder.values() if token.special)
         self._bos = _bos_of(tokenizer)
         self._eos = str(tokenizer.eos_token or "")
@@ -115,7 +118,8 @@ class Renderer:
         with ThreadPoolExecutor(max_workers=1) as pool:
             waiting = None
             for batch in batches:
-                results = [self._draft(example) for example in batch]
+                with memory_limit(_DECODED_BYTES):
+                    results = [self._draft(example) for example in batch]
                 drafts = [result for result in results if isinstance(result, _Draft)]
                 submitted = (results, drafts, pool.submit(self._tokenise, drafts))
                 if waiting is not None:
@@ -181,19 +185,13 @@ class Renderer:
 
     def _render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> tuple[str, list[Span]]:
         """The text, and the ranges that the template marks."""
-        from transformers.utils.chat_template_utils import render_jinja_template
-
-        marked = self.mask_source == "generation-markers"
-        # Declared to return a string; returns the texts and the marks of all conversations.
-        rendered: Any = render_jinja_template(
-            [[dict(message) for message in messages]],
-            chat_template=self._chat_template,
-            return_assistant_tokens_mask=marked,
+        assert self._chat_template is not None
+        return self._chat_template.render(
+            messages,
             add_generation_prompt=generation_prompt,
+            marked=self.mask_source == "generation-markers",
             **self._special_names,
         )
-        texts, marks = rendered
-        return texts[0], marks[0] if marked else []
 
     def _render_part(self, messages: Sequence[Message], generation_prompt: bool) -> str:
         return self._render(messages, generation_prompt=generation_prompt)[0]
@@ -287,6 +285,21 @@ def _chat_mask_source(template: str, completion_only_loss: bool) -> MaskSource:
     if not completion_only_loss:
         return "all-tokens"
     return "generation-markers" if _GENERATION_BLOCK.search(template) else "derived"
+
+
+def _compiled(source: str) -> ChatTemplate:
+    from jinja2 import TemplateError
+
+    from laras.data.template import ChatTemplate
+
+    try:
+        with memory_limit(_DECODED_BYTES):
+            return ChatTemplate(source)
+    except (TemplateError, *_PROGRAM_ERRORS) as error:
+        detail = str(error) or type(error).__name__
+        raise DataError(
+            f"the chat template is no Jinja that can be compiled: {detail:.300}", hint=_TEMPLATE_HINT
+        ) from None
 
 
 def _verify_template(renderer: Renderer) -> None:

@@ -36,6 +36,7 @@ from laras.training.checkpoints import (
 )
 from laras.training.drift import check_resume, identity_of
 from laras.training.numbers import Stopping
+from laras.training.revision import Revisions
 from laras.training.signals import StopRequest, stop_on_signals
 from laras.training.state import Counters, load_weights, publish_model, read_state, write_model
 from laras.training.trackers import Trackers, build_trackers
@@ -98,8 +99,10 @@ def run_training(
         counters = Counters.from_json(read_state(resume_from)["counters"])
     elif start is not None:
         load_weights(model, start[0])
+    revisions = Revisions(run_dir, plan, observer)
+    revisions.apply(counters)
     with stop_on_signals(stop) as request:
-        run = _Run(config, plan, tokenizer, run_dir, observer)
+        run = _Run(config, plan, tokenizer, run_dir, observer, revisions)
         first_step = _step_of(resume_from)
         trainer = run.build_trainer(
             model=model, rows=rows, validation_rows=validation_rows, counters=counters, identity=identity, stop=request,
@@ -122,10 +125,16 @@ class _Run:
     """What the parts of one run share."""
 
     def __init__(
-        self, config: RunConfig, plan: TrainPlan, tokenizer: PreTrainedTokenizerBase, run_dir: Path, observer: Observer
+        self,
+        config: RunConfig,
+        plan: TrainPlan,
+        tokenizer: PreTrainedTokenizerBase,
+        run_dir: Path,
+        observer: Observer,
+        revisions: Revisions,
     ) -> None:
         self._config, self._plan, self._tokenizer = config, plan, tokenizer
-        self._run_dir, self._observer = run_dir, observer
+        self._run_dir, self._observer, self._revisions = run_dir, observer, revisions
         self._started = time.monotonic()
 
     def build_trainer(
@@ -165,6 +174,7 @@ class _Run:
             stop=stop,
             max_skipped_steps=self._config.max_skipped_steps,
             rehearsal_later_bytes=self._plan.memory.components.get("optimizer", 0) if rehearse else None,
+            on_new_size=lambda event: self._revisions.note(event, counters, batches),
             on_best=lambda checkpoint: publish_model(checkpoint, self._run_dir / "best"),
             model=model,
             args=args,
@@ -245,7 +255,7 @@ class _Run:
         on_gpu = trainer.args.device.type == "cuda"
         resident_bytes = psutil.Process().memory_info().rss
         result = RunResult(
-            parent_digest=self._plan.digest(),
+            parent_digest=self._revisions.digest,
             status=status,
             steps=state.global_step,
             epochs=float(state.epoch or 0),

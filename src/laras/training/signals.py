@@ -63,6 +63,10 @@ def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]
             signal.signal(number, handler)
 
 
+class EvaluationStopped(Exception):
+    """A signal came during an evaluation; it is done after the resume."""
+
+
 class StoppableProgress(Observer):
     """Passes progress on, and asks at every batch whether to go on."""
 

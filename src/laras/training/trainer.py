@@ -39,12 +39,8 @@ from laras.training.checkpoints import remove_old_checkpoints, save_checkpoint
 from laras.training.drift import Identity
 from laras.training.gradients import StepGradients
 from laras.training.rehearsal import rehearse
-from laras.training.signals import StoppableProgress, StopRequest
+from laras.training.signals import EvaluationStopped, StoppableProgress, StopRequest
 from laras.training.speed import Speed
-
-
-class EvaluationStopped(Exception):
-    """A signal came during an evaluation; it is done after the resume."""
 
 
 class LarasTrainer(SFTTrainer):  # type: ignore[misc]
@@ -61,6 +57,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         stop: Set when a signal asks to stop.
         max_skipped_steps: Bad steps in a row that end the run.
         on_best: Told the checkpoint of a new best model.
+        on_new_size: Told when memory ran out and batches got smaller, by the first process.
         rehearsal_later_bytes: What the first optimizer step will allocate; None: no rehearsal.
         sft_arguments: Those of SFTTrainer.
     """
@@ -78,6 +75,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         stop: StopRequest,
         max_skipped_steps: int,
         on_best: Callable[[Path], None],
+        on_new_size: Callable[[RunEvent], None],
         rehearsal_later_bytes: int | None = None,
         **sft_arguments: Any,
     ) -> None:
@@ -97,7 +95,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         self.counters, self.batches, self.memory = counters, batches, memory
         self._checkpoints, self._observer = checkpoints, observer
         self._identity, self._stop, self._max_skipped_steps = identity, stop, max_skipped_steps
-        self._on_best, self._rehearsal_later_bytes = on_best, rehearsal_later_bytes
+        self._on_best, self._on_new_size, self._rehearsal_later_bytes = on_best, on_new_size, rehearsal_later_bytes
         self._begun = False
         self._saved_random_states: dict[str, Any] | None = None
         self._gradients = StepGradients(
@@ -247,6 +245,8 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         event = RunEvent(step=self.state.global_step if step is None else step, kind=kind, detail=detail)
         self.counters.events.append(event.model_dump())
         self._observer.warning(f"step {event.step}: {kind.replace('_', ' ')}: {detail}")
+        if kind == "out_of_memory" and self.is_world_process_zero():
+            self._on_new_size(event)
 
     def _finalize_training(self, trial: None, num_train_samples: int, start_time: float) -> TrainOutput:
         self._begin_once()  # a resume of a run that only its last evaluation is missing from
