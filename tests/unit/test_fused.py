@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,7 +24,9 @@ from laras.config import RunConfig
 from laras.data.collate import PadCollator
 from laras.data.pack import PackCollator
 from laras.models.build import build_model
-from laras.models.fused.model import fused_refusal
+from laras.models.fused import kernels
+from laras.models.fused.model import fused_refusal, kernel_sizes
+from laras.models.fused.selfcheck import disagreement
 from laras.models.step import eager_step, summed_loss
 from laras.planning.architecture import load_model_spec
 from laras.progress import Observer
@@ -196,6 +199,27 @@ def test_planning_reads_what_a_configuration_leaves_out_as_transformers_does(tmp
         assert model.laras_path.fused is not None
         refusal = fused_refusal(model, (longest or 10**6) + 1)
         assert (refusal is None) == (longest is None)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3, part rotated", "gemma"])
+def test_a_kernel_that_is_wrong_on_a_device_is_found_before_the_run(folders, name):
+    sizes = kernel_sizes(built(folders[name]), torch.bfloat16)
+    assert disagreement(sizes, torch.device("cpu")) is None
+    called = ["rms_norm_", "rms_norm_backward_", "rope_", "swiglu_", "swiglu_backward_"]
+    if sizes.head_norm:
+        called += ["head_norm_", "head_norm_backward_"]
+
+    def leaves(*_):
+        pass
+
+    def fails(*_):
+        raise RuntimeError("out of resource: shared memory")
+
+    for one in called:
+        broken = SimpleNamespace(**{**vars(kernels), one: leaves})
+        assert "does not give its reference's result" in disagreement(sizes, torch.device("cpu"), broken)
+        setattr(broken, one, fails)
+        assert "does not run here: out of resource" in disagreement(sizes, torch.device("cpu"), broken)
 
 
 def test_layers_of_a_models_own_code_stay_plain(folders):

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from laras.config import RunConfig
 from laras.models.attention import VARLEN, register_attention
-from laras.models.fused.model import FusedModel, fused_refusal
+from laras.models.fused.model import FusedModel, fused_refusal, kernel_sizes
+from laras.models.fused.selfcheck import disagreement
 from laras.models.loader import load_model, load_model_config
 from laras.models.lora import attach_lora, resolve_target_modules
 from laras.models.precision import torch_dtype
@@ -121,4 +122,6 @@ def _kernel_refusal(model: Any, choices: PlanChoices) -> str | None:
         return "fused layers on a GPU are for bf16"
     from laras.models.fused.triton_kernels import triton_works
 
-    return None if triton_works(device) else "Triton does not run here"
+    if not triton_works(device):
+        return "Triton does not run here"
+    return disagreement(kernel_sizes(model, torch_dtype(choices.precision)), device)

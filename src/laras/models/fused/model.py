@@ -17,9 +17,10 @@ from laras.models.fused.kernels import rms_norm_, rms_norm_backward_
 from laras.models.fused.layer import FusedLayer
 from laras.models.fused.lora import ADAPTER, LoraGroup
 from laras.models.fused.loss import IGNORE_INDEX, chunked_nll
+from laras.models.fused.selfcheck import KernelSizes
 from laras.planning.layer_forms import ACTIVATIONS, FUSED_TYPES, LAYER_FORMS, LayerForm, fused_support
 
-__all__ = ["FUSED_TYPES", "FusedModel", "fused_refusal"]
+__all__ = ["FUSED_TYPES", "FusedModel", "fused_refusal", "kernel_sizes"]
 
 
 class FusedModel:
@@ -147,6 +148,24 @@ def fused_refusal(model: Any, longest_tokens: int) -> str | None:  # noqa: PLR09
         if len(linear) != len(form.projections) or not all(hasattr(one, "lora_A") for one in linear):
             return f"an adapter is missing on one of {', '.join(form.projections)}"
     return None
+
+
+def kernel_sizes(model: Any, dtype: torch.dtype) -> KernelSizes:
+    """What the fused layers of a model, for which `fused_refusal` is None, will ask of the kernels."""
+    causal = model.get_base_model()
+    config, decoder = causal.config, causal.base_model
+    form, attention = LAYER_FORMS[config.model_type], decoder.layers[0].self_attn
+    return KernelSizes(
+        hidden=config.hidden_size,
+        width=config.intermediate_size,
+        heads=config.num_attention_heads,
+        channels=attention.head_dim,
+        rotated=2 * decoder.rotary_emb.inv_freq.shape[-1],
+        activation=ACTIVATIONS[config.hidden_act],
+        head_norm=form.head_norm,
+        dtype=dtype,
+        norm_dtype=torch.float32 if form.one_centred else decoder.norm.weight.dtype,
+    )
 
 
 def _norm_weight(norm: Any, form: LayerForm) -> Tensor:
