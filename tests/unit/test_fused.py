@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from types import SimpleNamespace
@@ -24,9 +25,10 @@ from laras.config import RunConfig
 from laras.data.collate import PadCollator
 from laras.data.pack import PackCollator
 from laras.models.build import build_model
-from laras.models.fused import kernels
+from laras.models.fused import kernels, variant
 from laras.models.fused.model import fused_refusal, kernel_sizes
 from laras.models.fused.selfcheck import disagreement
+from laras.models.fused.variant import Variant
 from laras.models.step import eager_step, summed_loss
 from laras.planning.architecture import load_model_spec
 from laras.progress import Observer
@@ -163,6 +165,17 @@ def test_every_path_gives_the_loss_and_gradient_of_the_plain_padded_one(folders,
     same(step(model, PadCollator(0)(rows())), expected(name))
     without_places = {key: value for key, value in packed(rows()).items() if key != "target_positions"}
     same(step(model, without_places), expected(name))
+
+
+@pytest.mark.parametrize("flag", [field.name for field in dataclasses.fields(Variant)])
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_every_variant_gives_the_same(folders, expected, monkeypatch, flag, kind):
+    other = dataclasses.replace(variant.CHOSEN, **{flag: not getattr(variant.CHOSEN, flag)})
+    monkeypatch.setattr(variant, "CHOSEN", other)
+    for name in ("qwen2", "qwen3"):
+        model = built(folders[name], gradient_checkpointing=kind != "none", checkpoint_kind=kind)
+        assert model.laras_path.fused.layers[0].variant == other
+        same(step(model, packed(rows())), expected(name))
 
 
 @pytest.mark.parametrize("name", PLAIN)

@@ -13,6 +13,7 @@ unless they are kept. Shapes: T tokens, D hidden, F feed-forward width, H heads,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ from laras.models.fused.kernels import (
     swiglu_backward_,
 )
 from laras.models.fused.lora import LoraGroup
+from laras.models.fused.variant import Variant
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class FusedLayer:
     scale: float
     checkpoint_kind: str
     mlp_chunk: int
+    variant: Variant
 
     @property
     def spare(self) -> int:
@@ -75,7 +78,7 @@ class FusedLayer:
 class _Attended:
     qkv: Tensor
     ranks: Tensor  # x A^T of q, k, v
-    out: Tensor  # (T, H C)
+    out: Tensor | None  # (T, H C)
     saved: Any
     o_ranks: Tensor
     middle: Tensor | None  # hidden states after attention
@@ -242,32 +245,59 @@ def _attend_backward(
     width = hidden.shape[1]
     layer.qkv.load()
     layer.o.load()
-    gradient, dyb = layer.o.backward(total[:, : width + layer.o.ranks])
+    o_gradient = total[:, : width + layer.o.ranks]
+    dyb = layer.o.rank_gradient(o_gradient)
+    assert attended.out is not None
     layer.o.add_gradients(sums[1], attended.out, attended.o_ranks, total[:, :width], dyb)
-    layer.o.unload()
     buffer = hidden.new_empty(hidden.shape[0], layer.qkv.outputs + layer.qkv.ranks)
-    targets, sources = _heads(layer, buffer), _heads(layer, attended.qkv)
-    shape = (-1, layer.heads, layer.channels)
-    out_THC, gradient_THC = attended.out.view(shape), gradient.view(shape)
-    group = layer.heads // layer.key_value_heads
-    # The kernel's temporaries grow with the heads: half of the key-value heads at a time, where they divide.
-    parts = 2 if layer.key_value_heads % 2 == 0 else 1
-    each = layer.key_value_heads // parts
-    for start in range(0, layer.key_value_heads, each):
-        few, many = slice(start, start + each), slice(start * group, (start + each) * group)
+    sources, targets = _heads(layer, attended.qkv), _heads(layer, buffer)
+    for few, many, out_THC, gradient_THC in _parts(layer, attended, o_gradient):
         raw_q, raw_k, v = sources[0][:, many], sources[1][:, few], sources[2][:, few]
         q, k = (raw_q, raw_k) if layer.query_norm is None else _turned(layer, raw_q, raw_k, documents)
         saved = attended.saved
         if saved is not None:
             saved = (saved[0][many].contiguous(), *saved[1:])
-        dq, dk, dv = attention_backward(gradient_THC[:, many], q, k, v, out_THC[:, many], saved, documents, layer.scale)
-        del q, k
+        dq, dk, dv = attention_backward(gradient_THC, q, k, v, out_THC, saved, documents, layer.scale)
+        del q, k, out_THC, gradient_THC
         _turned_back(layer, layer.query_norm, dq, raw_q, documents, targets[0][:, many])
         _turned_back(layer, layer.key_norm, dk, raw_k, documents, targets[1][:, few])
         targets[2][:, few].copy_(dv)
         del dq, dk, dv
-    del gradient, gradient_THC
+    layer.o.unload()
     gradient, dyb = layer.qkv.backward(buffer)
     layer.qkv.unload()
     rms_norm_backward_(hidden, layer.input_norm, layer.eps, gradient, total[:, :width], gradient)
     layer.qkv.add_gradients(sums[0], gradient, attended.ranks, buffer[:, : layer.qkv.outputs], dyb)
+
+
+def _parts(layer: FusedLayer, attended: _Attended, o_gradient: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+    """Key-value heads and query heads whose backward runs at once, with the output of these and its gradient.
+
+    The kernel's temporaries grow with the heads, so where memory is what counts it takes half of them at a time. It
+    copies outputs and gradients that are strided, so each half has its own.
+    """
+    out, attended.out = attended.out, None
+    assert out is not None
+    each, group = layer.key_value_heads, layer.heads // layer.key_value_heads
+    if each % 2 == 0 and not (layer.variant.whole_heads and layer.checkpoint_kind == "none"):
+        each //= 2
+    columns = each * group * layer.channels
+    starts = range(0, out.shape[1], columns)
+    if layer.variant.own_halves or len(starts) == 1:
+        outs = [out[:, start : start + columns].contiguous() for start in starts]
+        del out
+        gradients = None
+    else:
+        outs = [out[:, start : start + columns] for start in starts]
+        gradients = layer.o.input_gradient(o_gradient, slice(0, layer.o.inputs))
+    for part, start in enumerate(starts):
+        place = slice(start, start + columns)
+        few = slice(part * each, (part + 1) * each)
+        yield (
+            few,
+            slice(few.start * group, few.stop * group),
+            outs.pop(0).unflatten(1, (-1, layer.channels)),
+            (layer.o.input_gradient(o_gradient, place) if gradients is None else gradients[:, place]).unflatten(
+                1, (-1, layer.channels)
+            ),
+        )

@@ -135,9 +135,18 @@ class LoraGroup:
 
     def backward(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient to the input, and dy sB, of a gradient in the first N columns of a (T, N + R) buffer."""
+        dyb = self.rank_gradient(buffer)
+        return self.input_gradient(buffer, slice(0, self.inputs)), dyb
+
+    def rank_gradient(self, buffer: Tensor) -> Tensor:
+        """Fills the last R columns of such a buffer, and returns them: dy sB."""
         dyb = buffer[:, self.outputs :]
         torch.mm(buffer[:, : self.outputs], self.storage[: self.outputs, self.inputs :], out=dyb)
-        return torch.mm(buffer, self.storage[:, : self.inputs]), dyb
+        return dyb
+
+    def input_gradient(self, buffer: Tensor, columns: slice) -> Tensor:
+        """Gradient to some columns of the input, of such a buffer whose last columns are filled."""
+        return torch.mm(buffer, self.storage[:, : self.inputs][:, columns])
 
     def add_gradients(self, total: list[Tensor | None], x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor) -> None:
         """Adds the gradients of the adapters, in float32 and in the order of `adapters`, to `total`."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laras.models.fused import variant
 from laras.models.fused.attention import Documents
 from laras.models.fused.kernels import rms_norm_, rms_norm_backward_
 from laras.models.fused.layer import FusedLayer
@@ -194,4 +195,5 @@ def _fused_layer(layer: Any, config: Any, form: LayerForm, dtype: torch.dtype, k
         scale=attention.scaling,
         checkpoint_kind=kind,
         mlp_chunk=chunk,
+        variant=variant.CHOSEN,
     )

@@ -1,0 +1,25 @@
+"""Ways to compute the same result that a benchmark compares on a GPU, one by one.
+
+A run takes the defaults. `benchmarks/throughput.py` replaces `CHOSEN` before it builds a model; nothing else does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Each is on or off by itself; all of them give the same losses and gradients, to rounding.
+
+    Attributes:
+        whole_heads: Attention's backward takes all heads at once where nothing is checkpointed.
+        own_halves: Where it takes halves, each has an output and a gradient of its own, for the kernel copies strided
+            ones.
+    """
+
+    whole_heads: bool = True
+    own_halves: bool = True
+
+
+CHOSEN = Variant()
