@@ -125,3 +125,13 @@ def test_the_predicted_time_includes_every_validation():
     work = Workload(100, 50.0, 50.0, 100, step_tokens=200.0, validation_tokens=1000.0, target_share=1.0, stats=None)
     # 10 steps of 200 tokens, and validations after 4, 8 and 10 that cost half as much a token.
     assert _time(work, 10, 4, 100.0).total_s == pytest.approx((10 * 200 + 3 * 500) / 100)
+
+
+def test_a_family_that_nobody_has_looked_at_is_not_packed_and_gets_adapters_on_what_it_has():
+    keys = {"num_attention_heads": 32, "vocab_size": 65024, "hidden_size": 4096, "num_hidden_layers": 32}
+    strange = model_spec_from_config({"model_type": "strange", **keys}, "m")
+    result = plan(spec=strange)
+    assert not result.choices.packing and "strange is not known to keep" in result.reasons["packing"]
+    assert result.choices.target_modules == ("all-linear",)
+    forced = plan(spec=strange, packing=True)
+    assert forced.choices.packing and any("may see each other" in warning for warning in forced.warnings)

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 from laras.planning.trace import Key, Segment, StepTrace
 
 _aten: Any = torch.ops.aten
+# A layer that loops over positions in Python would take minutes; hundreds of layers of experts stay below.
+_MOST_ALLOCATIONS = 300_000
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -57,6 +59,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if nbytes <= 0:
             return 0
         self._allocations += 1
+        if self._allocations > _MOST_ALLOCATIONS:
+            raise RuntimeError(f"one step takes more than {_MOST_ALLOCATIONS:,} allocations")
         self._segments[-1][1].append(nbytes)
         return self._allocations
 

@@ -82,6 +82,11 @@ def _record(
         shallow = config.model_copy(update={"model_name_or_path": folder, "model_revision": None})
         model = _build(shallow, choices)
     blocks = _decoder_layers(model, layers)
+    if not blocks:
+        raise NotSimulated(
+            f"{config.model_name_or_path} cannot be simulated: it has no list of {layers} layers",
+            hint="the closed form is used instead",
+        )
     owner = {id(part): number for number, block in enumerate(blocks) for part in block.modules()}
     recorder = Recorder(blocks)
     _record_static(recorder, model, owner)
@@ -160,6 +165,8 @@ def _write_shallow_config(source: str, revision: str | None, folder: Path, layer
     for key, value in list(text.items()):
         if isinstance(value, list) and len(value) == deep:
             text[key] = value[:layers]
+        elif isinstance(value, dict) and value and all(str(name).isdigit() and int(name) < deep for name in value):
+            text[key] = {name: item for name, item in value.items() if int(name) < layers}  # by number of the layer
     values.pop("quantization_config", None)
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
 

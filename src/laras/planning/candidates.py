@@ -9,6 +9,7 @@ from itertools import product
 from typing import Any, Literal
 
 from laras.config import RunConfig
+from laras.planning.architecture import FAMILIES
 from laras.planning.fused_memory import FUSED_TYPES
 from laras.planning.memory import (
     MemoryCase,
@@ -27,6 +28,17 @@ CheckpointKind = Literal["none", "selective", "full"]
 PLAIN_HEAD_TYPES = frozenset(
     {"llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe", "qwen3_moe", "phi3", "gemma", "smollm3", "olmo2"}
 )
+# Architectures that keep packed documents apart: every layer attends through transformers' registry of attention
+# functions, and nothing else reaches over positions. A test compares each with its documents alone. State-space,
+# convolutional and linear-attention layers carry one document into the next.
+PACKABLE_TYPES = frozenset(
+    {
+        "apertus", "arcee", "cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "gemma4_text",
+        "glm", "glm4", "gpt_neox", "granite", "helium", "llama", "ministral3", "mistral", "mixtral", "olmo", "olmo2",
+        "olmo3", "olmoe", "phi", "phi3", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "seed_oss", "smollm3",
+        "starcoder2",
+    }
+)  # fmt: skip
 LOSS_CHUNK_TOKENS = 1024
 _VARLEN_CAPABILITY, _VARLEN_CHANNELS = (8, 0), 256
 _BIN_FILL = 0.98  # share of a packed bin's slots that hold tokens
@@ -104,12 +116,10 @@ def packing_refusal(
     config: RunConfig, spec: ModelSpec, hardware: HardwareSpec, precision: Precision, work: Workload
 ) -> str | None:
     """Why packing is not chosen by itself, in one line; None when it is."""
-    if hardware.kind == "cpu":
-        return "attention over packed documents is slow on a CPU"
-    if (hardware.compute_capability or (0, 0)) < _VARLEN_CAPABILITY or precision == "fp32":
-        return "its attention kernel needs half precision and compute capability 8.0"
-    if spec.head_dim > _VARLEN_CHANNELS:
-        return f"its attention kernel takes heads of at most {_VARLEN_CHANNELS} channels, not {spec.head_dim}"
+    if spec.model_type not in PACKABLE_TYPES:
+        return f"{spec.model_type} is not known to keep packed documents apart"
+    if (refusal := _varlen_refusal(spec, hardware, precision)) is not None:
+        return refusal
     if config.attn_implementation not in ("auto", "varlen", "sdpa"):
         return f"attn_implementation {config.attn_implementation} is not known to keep documents apart"
     if not any(True for _ in _packed_batches(config, work)):
@@ -117,6 +127,16 @@ def packing_refusal(
             f"one bin holds {work.length_tokens} tokens, more than the {work.step_tokens:.0f} of "
             f"{config.effective_batch_size} average examples"
         )
+    return None
+
+
+def _varlen_refusal(spec: ModelSpec, hardware: HardwareSpec, precision: Precision) -> str | None:
+    if hardware.kind == "cpu":
+        return "attention over packed documents is slow on a CPU"
+    if (hardware.compute_capability or (0, 0)) < _VARLEN_CAPABILITY or precision == "fp32":
+        return "its attention kernel needs half precision and compute capability 8.0"
+    if spec.head_dim > _VARLEN_CHANNELS:
+        return f"its attention kernel takes heads of at most {_VARLEN_CHANNELS} channels, not {spec.head_dim}"
     return None
 
 
@@ -144,9 +164,11 @@ def rank_of(config: RunConfig, spec: ModelSpec) -> int:
 
 
 def targets_of(config: RunConfig, spec: ModelSpec) -> tuple[str, ...]:
-    """Names of the linear layers that get adapters."""
+    """Names of the linear layers that get adapters; of a family that is not known, all that the built model has."""
     if isinstance(config.lora_target_modules, tuple):
         return config.lora_target_modules
+    if spec.model_type not in FAMILIES:
+        return ("all-linear",)
     return tuple(dict.fromkeys(name for name, _, _ in adapted_layers(spec, ())))
 
 

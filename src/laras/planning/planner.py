@@ -11,8 +11,10 @@ from math import ceil
 
 from laras.config import RunConfig
 from laras.errors import ConfigError, LarasError
+from laras.planning.architecture import FAMILIES
 from laras.planning.candidates import (
     LOSS_CHUNK_TOKENS,
+    PACKABLE_TYPES,
     Candidate,
     bin_fill,
     candidates,
@@ -80,7 +82,7 @@ def plan_training(
     precision, why = choose_precision(config.precision, hardware.kind, hardware.compute_capability)
     work = workload(config, profile, manifest, spec)
     found = candidates(config, spec, hardware, precision, work)
-    warnings: list[str] = []
+    warnings = _family_warnings(config, spec)
     best = _choose(config, spec, hardware, work, found, simulate, warnings)
     steps = _steps(config, work, best)
     choices = _choices(config, spec, best, _eval_steps(config, work, steps))
@@ -109,6 +111,19 @@ def plan_training(
         remedies=remedies,
         warnings=tuple(warnings),
     )
+
+
+def _family_warnings(config: RunConfig, spec: ModelSpec) -> list[str]:
+    """What a plan for an architecture that nobody has looked at does not know."""
+    warnings = []
+    if spec.model_type not in FAMILIES:
+        warnings.append(f"parameters of {spec.model_type} are counted as those of a plain Llama decoder")
+    if config.packing is True and spec.model_type not in PACKABLE_TYPES:
+        warnings.append(
+            f"packing as configured, but {spec.model_type} is not known to keep packed documents apart: they may see "
+            "each other"
+        )
+    return warnings
 
 
 def _time(work: Workload, steps: int, eval_steps: int, tokens_per_s: float) -> TimeEstimate:
