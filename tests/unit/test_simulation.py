@@ -134,8 +134,9 @@ def test_what_a_simulated_model_holds_is_what_a_real_one_holds(simulate, tmp_pat
 
 def test_paged_states_leave_the_device(simulate):
     full = {"finetuning_type": "full", "loss_kind": "full"}
-    exact = simulate(shape("llama"), **full).unroll(8).peaks()
-    paged = simulate(shape("llama"), **full, optim="paged_adamw_8bit").unroll(8).peaks()
+    values = shape("llama", hidden_size=512, intermediate_size=1024)  # smaller matrices keep their states
+    exact = simulate(values, **full).unroll(8).peaks()
+    paged = simulate(values, **full, optim="paged_adamw_8bit").unroll(8).peaks()
     assert paged["states"] - paged["weights"] < 0.02 * (exact["states"] - exact["weights"])
 
 

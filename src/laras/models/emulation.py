@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -11,11 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from laras.models.counting import pointwise
 from laras.models.recording import Recorder
+from laras.planning.work import WorkCounter
 from laras.records import HardwareSpec, Precision
 
 # bitsandbytes keeps small tensors' states in fp32. Source: bitsandbytes/optim/optimizer.py, `min_8bit_size`.
 _MIN_8BIT_ELEMENTS = 4096
+_MIN_PAGED_ELEMENTS = 100_000  # smaller states are not paged; the same file, `get_state_buffer`
+
+# How often a kernel of the fused layers goes over its tensors, where not once: in place, or for a maximum first.
+_PASSES = {"swiglu_backward_": 2, "cross_entropy_": 3}
 
 # ------------------------------------------------------------ the optimizer
 
@@ -26,7 +32,7 @@ def record_states(recorder: Recorder, trained: list[tuple[int, nn.Parameter]], o
         recorder.begin("states", 0, layer)
         count = parameter.numel()
         if optim.endswith("8bit") and count >= _MIN_8BIT_ELEMENTS:
-            if optim.startswith("paged"):
+            if optim.startswith("paged") and count >= _MIN_PAGED_ELEMENTS:
                 sizes = [4 * -(-count // 256)] * 2
             else:
                 sizes = [count, count, 4 * -(-count // 256), 4 * -(-count // 256)]
@@ -48,29 +54,45 @@ def record_optimizer(
     `adamw_torch` works on lists of all tensors at once on CUDA (foreach): the square roots of all second moments
     live together. The fused and the 8-bit ones write in place. Source: torch/optim/adamw.py `_multi_tensor_adamw`.
     """
-    if optim != "adamw_torch":
-        return
-    if hardware.kind == "cpu":
-        recorder.begin("end", 1)
-        recorder.give_back(recorder.request(max(p.numel() * p.element_size() for _, p in trained)))
-        return
     taken = []
     for layer, parameter in trained:
         recorder.begin("optimizer", 0, layer)
-        taken.append(recorder.request(parameter.numel() * parameter.element_size()))
-    recorder.begin("end", 1)
+        _count_update(recorder.counter, parameter, optim)
+        if optim == "adamw_torch" and hardware.kind == "cuda":
+            taken.append(recorder.request(parameter.numel() * parameter.element_size()))
+    recorder.begin("optimizer")
+    if optim == "adamw_torch" and hardware.kind == "cpu":  # one tensor after the other
+        taken.append(recorder.request(max(p.numel() * p.element_size() for _, p in trained)))
     for allocation in taken:
         recorder.give_back(allocation)
+
+
+def _count_update(counter: WorkCounter, parameter: nn.Parameter, optim: str) -> None:
+    """Traffic of one parameter's update, clipping included; the calls are those that go parameter by parameter."""
+    count, size = parameter.numel(), parameter.element_size()
+    if optim.endswith("8bit"):
+        counter.called(25)  # some 0.2 ms of Python a parameter
+        counter.launched(count * (3 * size + 4))  # parameter twice, gradient, two states of a byte twice
+    else:
+        counter.called(2)
+        # One kernel for all: seven tensors; or a list operation after the other, some twenty.
+        counter.launched(count * size * (7 if optim == "adamw_torch_fused" else 20))
 
 
 # ------------------------------------------------------------ what CUDA would do
 
 
 @contextmanager
-def kernels_of(hardware: HardwareSpec) -> Iterator[None]:
+def kernels_of(hardware: HardwareSpec, recorder: Recorder) -> Iterator[None]:
     """Attention takes the kernels of the device planned for, and code that asks for a GPU is told that there is one."""
     from laras.models import attention
     from laras.models.fused import lora
+
+    def product(left_TM: Tensor, right_TN: Tensor) -> Tensor:
+        """The fp32 result that the GPU's product writes directly."""
+        (tokens, rows), columns = left_TM.shape, right_TN.shape[1]
+        recorder.counter.multiplied(1, rows, tokens, columns, left_TM.element_size())
+        return left_TM.new_empty((rows, columns), dtype=torch.float32)
 
     capability = hardware.compute_capability or (0, 0)
     original = functional.scaled_dot_product_attention
@@ -112,14 +134,49 @@ def kernels_of(hardware: HardwareSpec) -> Iterator[None]:
         mock.patch.object(functional, "dropout", dropout),
         mock.patch.object(functional, "scaled_dot_product_attention", attend),
         mock.patch.object(attention, "has_varlen_kernel", flash_runs),
-        mock.patch.object(lora, "_product", _product),
+        mock.patch.object(lora, "_product", product),
     ):
         yield
 
 
-def _product(left_TM: Tensor, right_TN: Tensor) -> Tensor:
-    """The fp32 result that the GPU's product writes directly."""
-    return left_TM.new_empty((left_TM.shape[1], right_TN.shape[1]), dtype=torch.float32)
+@contextmanager
+def counted_kernels(recorder: Recorder) -> Iterator[None]:
+    """The fused layers' own kernels, which do nothing on meta tensors, tell the recorder what they would have done."""
+    from laras.models.fused import kernels, layer, loss, model
+
+    def told(name: str, original: Any) -> Any:
+        def call(*args: Any) -> Any:
+            touched = [one for one in args if isinstance(one, Tensor) and one.dim() > 1]
+            pointwise(recorder.counter, touched * _PASSES.get(name, 1))
+            return original(*args)
+
+        return call
+
+    def attended(original: Any, products: int, query: int) -> Any:
+        def call(*args: Any) -> Any:
+            recorder.counter.called()
+            recorder.counter.attended(products * args[query].numel())
+            # What the kernel wants contiguous, it copies.
+            copied = [one for one in args[:query] if not one.is_contiguous()]
+            copied += [one for one in args[query + 3 : query + 4] if query and not one.is_contiguous()]
+            taken = [recorder.request(one.numel() * one.element_size()) for one in copied]
+            result = original(*args)
+            for one in taken:
+                recorder.give_back(one)
+            return result
+
+        return call
+
+    patches = [(layer, "attention", attended(layer.attention, 2, 0))]
+    patches.append((layer, "attention_backward", attended(layer.attention_backward, 5, 1)))
+    for module in (layer, loss, model):
+        for name, original in vars(kernels).items():
+            if name.endswith("_") and not name.startswith("_") and getattr(module, name, None) is original:
+                patches.append((module, name, told(name, original)))
+    with ExitStack() as stack:
+        for module, name, replacement in patches:
+            stack.enter_context(mock.patch.object(module, name, replacement))
+        yield
 
 
 @contextmanager

@@ -6,13 +6,22 @@ and bitsandbytes' operations run on meta tensors, so the recorded step is that o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from laras.models.counting import register_work
+from laras.models.recording import register_kernel_memory, register_operation
+from laras.planning.work import WorkCounter
 
 _BLOCK = 64  # weights that share a scale
 _NESTED_BLOCK = 256  # scales that share a scale of their own
+# Inputs of a layer that LLM.int8() keeps in half precision: at most 0.1% of the columns up to 13 billion parameters.
+# Source: Dettmers et al. 2022, "LLM.int8()", section 4.
+_OUTLIER_SHARE = 0.001
+_INNER_CALLS = 8  # operations that one quantised product issues inside
 
 
 def quantize_on_meta(model: nn.Module, kind: Literal["nf4", "int8"], compute_dtype: torch.dtype) -> None:
@@ -25,6 +34,10 @@ def quantize_on_meta(model: nn.Module, kind: Literal["nf4", "int8"], compute_dty
 
     Source: bitsandbytes 0.50 `nn/modules.py`, transformers 5.17 `integrations/bitsandbytes.py`.
     """
+    if kind == "int8":
+        _register_int8()
+    else:
+        _register_nf4()
     whole: Any = model
     head = whole.get_output_embeddings()
     for parent in list(model.modules()):
@@ -96,3 +109,88 @@ def quantized_storages(module: nn.Module) -> list[torch.Tensor]:
     if getattr(own, "SCB", None) is not None:
         held.append(own.SCB)
     return held
+
+
+# ------------------------------------------------------------ NF4
+
+
+def _unpacked_bytes(input_TK: Tensor, _: Tensor, shape: Sequence[int], *__: Any, **___: Any) -> int:
+    """The weights of a layer in the input's type, with their scales in fp32."""
+    count = shape[0] * shape[1]
+    return count * input_TK.element_size() + 4 * -(-count // _BLOCK)
+
+
+def _count_nf4_product(counter: WorkCounter, input_TK: Tensor, packed: Tensor, shape: Sequence[int], *_: Any) -> None:
+    rows, size = input_TK.numel() // input_TK.shape[-1], input_TK.element_size()
+    counter.called(_INNER_CALLS)
+    counter.launched(_unpacked_bytes(input_TK, packed, shape) + packed.numel())
+    counter.multiplied(1, rows, shape[1], shape[0], size)
+
+
+def _register_nf4() -> None:
+    """With more rows than a few, the product unpacks the weights first.
+
+    Source: bitsandbytes 0.50 `backends/cuda/ops.py`, `gemm_4bit`.
+    """
+    import bitsandbytes  # noqa: F401 - defines the operations
+
+    op: Any = torch.ops.bitsandbytes.gemm_4bit.default
+    register_kernel_memory(op, _unpacked_bytes)
+    register_work(op, _count_nf4_product)
+
+
+# ------------------------------------------------------------ LLM.int8()
+
+
+def _outliers(inputs: int) -> int:
+    return max(1, round(_OUTLIER_SHARE * inputs))
+
+
+def _quantised_rows(half_TK: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rows in int8, their scales, and the columns that stay in half precision."""
+    rows_TK = half_TK.new_empty(half_TK.shape, dtype=torch.int8)
+    scales_T = half_TK.new_empty(half_TK.numel() // half_TK.shape[-1], dtype=torch.float32)
+    if threshold == 0.0:
+        return rows_TK, scales_T, None
+    return rows_TK, scales_T, half_TK.new_empty(_outliers(half_TK.shape[-1]), dtype=torch.int64)
+
+
+def _quantised_rows_inside(half_TK: Tensor, threshold: float = 0.0) -> int:
+    """Absolute values and whether each is an outlier."""
+    return half_TK.numel() * (half_TK.element_size() + 1) if threshold > 0.0 else 0
+
+
+def _mixed_product(input_TK: Tensor, rows_TK: Tensor, weights_NK: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """The layer's output, and the columns of the input that were outliers, kept for backward."""
+    output = input_TK.new_empty((*rows_TK.shape[:-1], weights_NK.shape[0]))
+    columns = rest[2] if len(rest) > 2 else None
+    kept = columns.numel() if columns is not None else 0
+    return output, input_TK.new_empty((rows_TK.numel() // rows_TK.shape[-1], kept))
+
+
+def _mixed_product_inside(input_TK: Tensor, rows_TK: Tensor, weights_NK: Tensor, *_: Any) -> int:
+    """The int32 product and its fp16 version, while the result in the input's type is made."""
+    results = rows_TK.numel() // rows_TK.shape[-1] * weights_NK.shape[0]
+    return results * (4 + (0 if input_TK.dtype is torch.float16 else 2))
+
+
+def _count_mixed_product(counter: WorkCounter, input_TK: Tensor, rows_TK: Tensor, weights_NK: Tensor, *_: Any) -> None:
+    rows, (columns, inner) = rows_TK.numel() // rows_TK.shape[-1], weights_NK.shape
+    counter.called(_INNER_CALLS)
+    counter.launched(rows * columns * (4 + 2 * input_TK.element_size()) + columns * inner)
+    counter.multiplied(1, rows, inner, columns, input_TK.element_size())
+
+
+def _register_int8() -> None:
+    """What bitsandbytes' int8 operations return and take on a GPU; their own shapes depend on data.
+
+    Source: bitsandbytes 0.50 `backends/cuda/ops.py`, `backends/default/ops.py`.
+    """
+    import bitsandbytes  # noqa: F401 - defines the operations
+
+    ops: Any = torch.ops.bitsandbytes
+    register_operation(ops.int8_vectorwise_quant.default, _quantised_rows)
+    register_kernel_memory(ops.int8_vectorwise_quant.default, _quantised_rows_inside)
+    register_operation(ops.int8_mixed_scaled_mm.default, _mixed_product)
+    register_kernel_memory(ops.int8_mixed_scaled_mm.default, _mixed_product_inside)
+    register_work(ops.int8_mixed_scaled_mm.default, _count_mixed_product)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from laras.models.counting import count_operation
 from laras.planning.trace import Key, Segment, StepTrace
+from laras.planning.work import WorkCounter
 
 _aten: Any = torch.ops.aten
 # A layer that loops over positions in Python would take minutes; hundreds of layers of experts stay below.
@@ -32,7 +34,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self, layers: Iterable[nn.Module]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._segments: list[tuple[Key, list[int]]] = []
+        self._segments: list[tuple[Key, list[int], WorkCounter]] = []
         self._live: dict[int, tuple[Any, int]] = {}
         self._allocations = 0
         self._kinds: tuple[str, str, str | None, int] | None = None
@@ -46,7 +48,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = (kind, index, layer)
         if self._segments and self._segments[-1][0] == key:
             return
-        self._segments.append((key, []))
+        self._segments.append((key, [], WorkCounter()))
+
+    @property
+    def place(self) -> Key:
+        """The present segment's."""
+        return self._segments[-1][0]
+
+    @property
+    def counter(self) -> WorkCounter:
+        """The work of the present segment."""
+        return self._segments[-1][2]
 
     def record_owned(self, kind: str, tensors: Iterable[tuple[int, Tensor]]) -> None:
         """Tensors that exist already, each with the layer that owns it (-1: none)."""
@@ -128,11 +140,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def trace(self, notes: tuple[str, ...] = ()) -> StepTrace:
         """What was recorded."""
-        merged: list[tuple[Key, list[int]]] = []
-        for key, events in self._segments:
-            if events:
-                merged.append((key, events))
-        return StepTrace(len(self._layers), tuple(Segment(*key, tuple(events)) for key, events in merged), notes)
+        segments = [
+            Segment(*key, tuple(events), counter.total())
+            for key, events, counter in self._segments
+            if events or counter.is_used
+        ]
+        return StepTrace(len(self._layers), tuple(segments), notes)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -144,6 +157,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = NotImplemented if handler is None else handler(*args, **(kwargs or {}))
         if out is NotImplemented:
             out = func(*args, **(kwargs or {}))
+        count_operation(self.counter, func, args, out)
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.track(leaf)
@@ -239,6 +253,11 @@ _HIDDEN_BYTES: dict[Any, Callable[..., int]] = {
     _aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
     _aten._scaled_dot_product_efficient_attention_backward.default: _efficient_backward,
 }
+
+
+def register_operation(op: Any, handler: Callable[..., Any]) -> None:
+    """Tells the recorder what an operation without shapes returns, from its arguments."""
+    _DATA_DEPENDENT[op] = handler
 
 
 def register_kernel_memory(op: Any, formula: Callable[..., int]) -> None:

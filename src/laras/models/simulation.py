@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from laras.config import RunConfig
 from laras.errors import LarasError
 from laras.models.builtin import resolve_tokenizer
-from laras.models.emulation import autocast_like_cuda, kernels_of, record_optimizer, record_states
+from laras.models.emulation import autocast_like_cuda, counted_kernels, kernels_of, record_optimizer, record_states
 from laras.models.quantized_meta import quantized_storages
 from laras.models.recording import Recorder
 from laras.planning.trace import TRACED_LAYERS, StepTrace
@@ -95,9 +95,10 @@ def _record(
     record_states(recorder, trained, choices.optim)
     step = eager_step(model)
     with ExitStack() as stack:
-        stack.enter_context(kernels_of(hardware))
+        stack.enter_context(kernels_of(hardware, recorder))
         if fused is not None:
             stack.enter_context(_watched(fused, recorder))
+            stack.enter_context(counted_kernels(recorder))
         elif choices.precision != "fp32":
             stack.enter_context(autocast_like_cuda(choices.precision))  # as the trainer runs transformers' layers
         stack.enter_context(recorder)
@@ -110,7 +111,7 @@ def _record(
             recorder.begin("end", index)
             del loss, batch
         record_optimizer(recorder, trained, choices.optim, hardware)
-        recorder.begin("end", 2)
+        recorder.begin("release")
         for _, parameter in trained:
             parameter.grad = None
         model.eval()
@@ -139,8 +140,16 @@ def _watched(fused: Any, recorder: Recorder) -> Iterator[None]:
 
         return call
 
+    def refresh() -> None:
+        index = recorder.place[1]
+        for number, layer in enumerate(original):
+            for group in layer.groups:
+                recorder.begin("batch", index, number)
+                group.refresh()
+        recorder.begin("batch", index)
+
     fused.layers = [watched(number, layer) for number, layer in enumerate(original)]
-    fused.refresh = lambda: None  # copies the adapters into place; allocates nothing that lasts
+    fused.refresh = refresh
     try:
         yield
     finally:

@@ -20,8 +20,8 @@ from laras.records import HardwareSpec, MemoryEstimate, ModelSpec, PlanChoices, 
 Simulate = Callable[[RunConfig, PlanChoices, int, HardwareSpec, int | None], StepTrace]
 """As `laras.models.simulation.trace_step`; the pipeline hands it in."""
 
-_LAYOUT = 1  # raised whenever what a trace means changes
-_TRAINING = ("weights", "states", "batch", "forward", "loss", "backward", "end", "optimizer")
+_LAYOUT = 2  # raised whenever what a trace means changes
+_TRAINING = ("weights", "states", "batch", "forward", "loss", "backward", "end", "optimizer", "release")
 _MOMENTS = {"loss": "loss", "backward": "backward of a layer", "forward": "forward", "optimizer": "optimizer step"}
 
 
@@ -42,15 +42,16 @@ def simulated_memory(
     trace = _cached(simulate, config, choices, spec, hardware, documents)
     whole = trace.unroll(spec.layers)
     peaks = whole.peaks()
+    training = whole.in_training()
     workspace = workspace_bytes(hardware)
     train = {kind: peaks.get(kind, 0) for kind in _TRAINING}
     moment = max(train, key=lambda kind: train[kind])
     weights, states = peaks.get("weights", 0), peaks.get("states", 0)
     capacity = max(1, budget_bytes - workspace)
-    result = replay(whole.events, capacity)
+    result = replay(training.events, capacity)
     fits = result.fits
     if not fits:
-        result = replay(whole.events)
+        result = replay(training.events)
     peak = replay(whole.until("evaluation")).peak_allocated_bytes + workspace
     static = max(weights, states)
     components = {

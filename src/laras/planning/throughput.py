@@ -1,40 +1,129 @@
-"""Duration of a training step: arithmetic over the device's rates, plus memory traffic, or launching its kernels,
-whichever is longer.
+"""Duration of a training step: what the device computes and moves, or what the CPU issues, whichever takes longer.
+
+Two ways to the same sum, with the same six constants. `recorded_step_s` adds up the operations of a simulated step,
+each by its own shape; `estimate_step_s` ranks candidates that were not simulated, from the sizes of the architecture
+and the number of operations that a layer of each path was counted to have.
+
+Source: fitted on an H100, `python benchmarks/step_time.py`, where cases that were left out of the fit are predicted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from laras.planning.memory import MemoryCase, adapted_layers
+from laras.planning.memory import MemoryCase, adapted_layers, linear_layers
+from laras.planning.work import Work
 from laras.records import HardwareSpec, ModelSpec
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Shares of the datasheet's peaks that a path reaches, and what its launches cost.
+    """What a GPU and its host reach; no constant of an architecture.
 
     Attributes:
-        matrix: Of the dense peak, by the large matrix products.
-        attention: Of the dense peak, by the attention kernels.
-        bandwidth: Of the memory bandwidth, by pointwise kernels.
-        launch_s: Seconds that one layer's kernels take to launch, forward and backward.
-        traffic: Hidden-sized tensors that a layer's pointwise kernels read or write, forward and backward.
+        matrix: Share of the dense peak that matrix products reach.
+        attention: That of the attention kernels.
+        bandwidth: Share of the memory bandwidth that everything else reaches.
+        kernel_s: Seconds between two kernels on the device.
+        call_s: Seconds that the host takes for an operation, views included.
+        launch_s: Seconds more where the operation launches a kernel.
     """
 
     matrix: float
     attention: float
     bandwidth: float
+    kernel_s: float
+    call_s: float
     launch_s: float
+
+
+RATES = Rates(matrix=0.70, attention=0.195, bandwidth=0.72, kernel_s=4.8e-6, call_s=8.0e-6, launch_s=18.3e-6)
+# Once a step, however many micro-batches: the adapters' copies, the update, the gradients' release.
+_ONCE_A_STEP = frozenset({"batch", "optimizer", "release"})
+
+
+def recorded_step_s(
+    work: Mapping[str, Work],
+    hardware: HardwareSpec,
+    rates: Rates = RATES,
+    *,
+    span_tokens: float,
+    target_share: float = 1.0,
+    token_share: float = 1.0,
+    accumulation: int = 1,
+) -> float:
+    """Seconds of one micro-batch with its part of the optimizer's step.
+
+    Args:
+        work: Of a recorded step, by kind of segment.
+        hardware: The device.
+        rates: What it reaches.
+        span_tokens: Mean length of what a token attends within.
+        target_share: Share of the tokens that carry loss; the step was recorded with all.
+        token_share: Tokens of an average batch over those of the recorded one.
+        accumulation: Micro-batches of an optimizer step.
+    """
+    device_s = host_s = 0.0
+    for kind, part in work.items():
+        if kind == "evaluation":
+            continue
+        once = kind in _ONCE_A_STEP
+        share = 1.0 if once else token_share * (target_share if kind == "loss" else 1.0)
+        kernels = part.kernels + sum(count for _, count in part.products)
+        busy_s = _products_s(part, hardware, rates) + part.attention * span_tokens / (
+            _peak(hardware, 2) * rates.attention
+        )
+        busy_s += part.moved_bytes / (hardware.bandwidth_bytes_per_s * rates.bandwidth)
+        times = 1 / accumulation if once else 1.0
+        device_s += times * (share * busy_s + kernels * rates.kernel_s)
+        host_s += times * (part.calls * rates.call_s + kernels * rates.launch_s)
+    return max(device_s, host_s)
+
+
+def _products_s(part: Work, hardware: HardwareSpec, rates: Rates) -> float:
+    """Each product by its arithmetic or by its operands, whichever takes longer."""
+    total = 0.0
+    bandwidth = hardware.bandwidth_bytes_per_s * rates.bandwidth
+    for (rows, inner, columns, size), count in part.products:
+        arithmetic_s = 2 * rows * inner * columns / (_peak(hardware, size) * rates.matrix)
+        operands = size * (rows * inner + inner * columns + rows * columns)
+        total += count * max(arithmetic_s, operands / bandwidth)
+    return total
+
+
+def _peak(hardware: HardwareSpec, element_bytes: int) -> float:
+    """Operations a second for elements of that size."""
+    half = hardware.peak_flops["bf16"] if hardware.native_bf16 else hardware.peak_flops["fp16"]
+    return hardware.peak_flops["fp32"] if element_bytes == 4 else half
+
+
+@dataclass(frozen=True)
+class _Path:
+    """Operations of one layer, forward and backward, as simulated steps were counted to have.
+
+    Attributes:
+        calls: Operations that the host issues.
+        kernels: Those that launch a kernel.
+        traffic: Hidden- and feed-forward-sized tensors that its kernels read or write, matrix products apart.
+        again: Share that comes on top where the layer is computed again.
+    """
+
+    calls: int
+    kernels: int
     traffic: float
+    again: float
 
 
-# Source: benchmarks/results/memory.md (H100); the plain path from tests/fixtures/h100_memory.jsonl as well.
-FUSED = Rates(matrix=0.60, attention=0.30, bandwidth=0.75, launch_s=0.0034, traffic=14.0)
-PLAIN = Rates(matrix=0.52, attention=0.28, bandwidth=0.70, launch_s=0.0072, traffic=60.0)
-CPU = Rates(matrix=1.0, attention=1.0, bandwidth=0.5, launch_s=0.0, traffic=20.0)
-_DEQUANTISED_BYTES = 9.0  # a 4-bit weight is unpacked, copied into place and read again
-_UNPACK_LAUNCH_S = 0.0022  # seconds a layer to launch that
+_FUSED = _Path(calls=224, kernels=52, traffic=10.5, again=0.26)
+_LINEAR = _Path(calls=56, kernels=30, traffic=12.0, again=0.50)  # of transformers' layers, for each linear layer
+_FULL_SHARE, _FP32_SHARE = 0.56, 0.72  # of that, without adapters, and without autocast
+_CHUNK_CALLS, _CHUNK_KERNELS = 101, 33  # of a checkpointed fused layer, for every chunk of its MLP but the first
+_STEP_CALLS, _STEP_KERNELS = 92, 21  # of a layer once a step: copies of the adapters, update
+_UPDATE_8BIT_CALLS = 280
+_UNPACK_CALLS, _UNPACK_KERNELS, _UNPACK_BYTES = 60, 24, 6.0  # of a layer, each time its 4-bit weights are unpacked
+_LOGIT_BYTES = {"full": 64, "chunked": 6.3}  # moved for every logit
+_CPU_TRAFFIC, _CPU_BANDWIDTH = 20.0, 0.5
 
 
 def estimate_step_s(
@@ -44,8 +133,9 @@ def estimate_step_s(
     *,
     attended_tokens: float | None = None,
     target_share: float = 1.0,
+    accumulation: int = 1,
 ) -> float:
-    """Seconds of one micro-batch, forward and backward.
+    """Seconds of one micro-batch, forward and backward, with its part of the optimizer's step.
 
     Args:
         spec: The architecture.
@@ -53,36 +143,62 @@ def estimate_step_s(
         hardware: The device.
         attended_tokens: Mean length of what a token attends within; None is the case's length.
         target_share: Share of the tokens that carry loss; logits of others are not computed.
+        accumulation: Micro-batches of an optimizer step.
     """
-    rates = CPU if hardware.kind == "cpu" else FUSED if case.fused else PLAIN
     tokens = case.micro_batch * case.length_tokens
-    peak = hardware.peak_flops[case.precision]
-    share = spec.experts_per_token / spec.experts if spec.experts else 1.0
-    # Two operations a weight forward, two for the inputs' gradients, two more for the weights' when they train.
-    recomputes = 0.0
-    if case.checkpointing:
-        recomputes = 0.65 if case.fused and case.checkpoint_kind == "selective" else 1.0
-    passes = (3 if case.full else 2) + recomputes
-    linear = 2 * spec.linear_parameters * share * passes
-    if not case.full:
-        adapters = sum(inputs + outputs for _, inputs, outputs in adapted_layers(spec, case.target_modules))
-        linear += 2 * spec.layers * case.lora_r * adapters * (3 + recomputes)
-    head = 2 * spec.vocab_size * spec.hidden_size * (3 if case.full else 2) * target_share
+    selective = case.checkpointing and case.fused and case.checkpoint_kind == "selective"
+    recomputed = 0.0 if not case.checkpointing else 0.65 if selective else 1.0
     span = attended_tokens if attended_tokens is not None else case.length_tokens
+    attention_again = 1 if case.checkpointing and not selective else 0
     # Causal: half of the square; backward has five products to forward's two.
-    attention_again = 1 if case.checkpointing and not (case.fused and case.checkpoint_kind == "selective") else 0
     attention = spec.layers * spec.attention_heads * spec.head_dim * span * (2 * (1 + attention_again) + 5)
-    matrix_s = tokens * (linear + head) / (peak * rates.matrix)
-    attention_s = tokens * attention / (peak * rates.attention)
+    linear, head = _operations(spec, case, recomputed)
+    arithmetic = tokens * (linear + head * target_share)
+    peak = hardware.peak_flops[case.precision]
     wide = spec.hidden_size + spec.intermediate_size * max(1, spec.experts_per_token)
     element = 4 if case.precision == "fp32" else 2
-    bandwidth = hardware.bandwidth_bytes_per_s * rates.bandwidth
-    traffic_s = tokens * spec.layers * wide * element * rates.traffic * (1 + 0.4 * recomputes) / bandwidth
-    if case.loss_kind == "full":
-        traffic_s += tokens * spec.vocab_size * 40 * target_share / bandwidth
-    unpack_s = 0.0
+    logits = tokens * spec.vocab_size * target_share * _LOGIT_BYTES[case.loss_kind]
+    if hardware.kind == "cpu":
+        moved = tokens * spec.layers * wide * element * _CPU_TRAFFIC * (1 + 0.4 * recomputed) + logits
+        return (arithmetic + tokens * attention) / peak + moved / (_CPU_BANDWIDTH * hardware.bandwidth_bytes_per_s)
+    path = _FUSED if case.fused else _plain_path(spec, case)
+    moved = tokens * spec.layers * wide * element * path.traffic * (1 + path.again * recomputed) + logits
+    calls, kernels = _issued(case, path, recomputed, accumulation)
     if case.weights in ("nf4", "int8"):
-        unpack_s = spec.linear_parameters * _DEQUANTISED_BYTES * (2 + recomputes) / bandwidth
-    compute_s = matrix_s + attention_s + traffic_s + unpack_s
-    launch_s = rates.launch_s * (1 + 0.6 * min(1.0, recomputes)) + (_UNPACK_LAUNCH_S if unpack_s else 0)
-    return max(compute_s, launch_s * spec.layers if hardware.kind == "cuda" else 0.0)
+        moved += spec.linear_parameters * _UNPACK_BYTES * (2 + recomputed)
+    rates = RATES
+    device_s = arithmetic / (peak * rates.matrix) + tokens * attention / (peak * rates.attention)
+    device_s += moved / (hardware.bandwidth_bytes_per_s * rates.bandwidth) + spec.layers * kernels * rates.kernel_s
+    return max(device_s, spec.layers * (calls * rates.call_s + kernels * rates.launch_s))
+
+
+def _plain_path(spec: ModelSpec, case: MemoryCase) -> _Path:
+    share = (_FULL_SHARE if case.full else 1.0) * (_FP32_SHARE if case.precision == "fp32" else 1.0)
+    share *= len(linear_layers(spec)) + 1
+    return _Path(round(share * _LINEAR.calls), round(share * _LINEAR.kernels), share * _LINEAR.traffic, _LINEAR.again)
+
+
+def _operations(spec: ModelSpec, case: MemoryCase, recomputed: float) -> tuple[float, float]:
+    """Of a token's linear layers and adapters, and of its logits."""
+    share = spec.experts_per_token / spec.experts if spec.experts else 1.0
+    # Two operations a weight forward, two for the inputs' gradients, two more for the weights' when they train.
+    linear = 2 * spec.linear_parameters * share * ((3 if case.full else 2) + recomputed)
+    if not case.full:
+        adapters = sum(inputs + outputs for _, inputs, outputs in adapted_layers(spec, case.target_modules))
+        linear += 2 * spec.layers * case.lora_r * adapters * (3 + recomputed)
+    return linear, 2 * spec.vocab_size * spec.hidden_size * (3 if case.full else 2)
+
+
+def _issued(case: MemoryCase, path: _Path, recomputed: float, accumulation: int) -> tuple[float, float]:
+    """Calls and kernels of a layer in one micro-batch."""
+    calls, kernels = (count * (1 + path.again * recomputed) for count in (path.calls, path.kernels))
+    chunks = 1
+    if case.fused and case.checkpointing:
+        chunks = -(-case.micro_batch * case.length_tokens // case.mlp_chunk_tokens)
+        calls += (chunks - 1) * _CHUNK_CALLS
+        kernels += (chunks - 1) * _CHUNK_KERNELS
+    if case.weights in ("nf4", "int8"):
+        calls += _UNPACK_CALLS * (2 + recomputed)
+        kernels += _UNPACK_KERNELS * (2 + recomputed)
+    once = _STEP_CALLS + (_UPDATE_8BIT_CALLS if case.optim.endswith("8bit") else 0)
+    return calls + once / accumulation, kernels + _STEP_KERNELS / accumulation

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 from laras.planning.allocator import block_bytes
+from laras.planning.work import Work
 
 # Layers that a trace to be unrolled has: two at each end differ from the middle one, which has equal neighbours.
 TRACED_LAYERS = 5
@@ -26,16 +28,19 @@ class Segment:
     """A stretch of the step that belongs to one layer, or to none.
 
     Attributes:
-        kind: `weights`, `states`, `batch`, `forward`, `loss`, `backward`, `end` or `evaluation`.
+        kind: `weights`, `states`, `batch`, `forward`, `loss`, `backward`, `end` (of a micro-batch), `optimizer`,
+            `release` (of the gradients) or `evaluation`.
         index: Number of the micro-batch within the step.
         layer: Of the traced depth; -1 outside the layers.
         events: `n > 0` allocates n bytes; `-i` frees the i-th allocation of the trace, counted from 1.
+        work: What the device has to do in it.
     """
 
     kind: str
     index: int
     layer: int
     events: tuple[int, ...]
+    work: Work = field(default_factory=Work)
 
     @property
     def key(self) -> Key:
@@ -45,15 +50,24 @@ class Segment:
 
 @dataclass(frozen=True)
 class Unrolled:
-    """A trace at full depth: its events, and where each kind of segment begins."""
+    """A trace at full depth: its events, and where each kind of segment begins; `starts` are those of the steps."""
 
     events: tuple[int, ...]
     marks: tuple[tuple[int, str], ...]
+    starts: tuple[int, ...] = ()
 
     def until(self, kind: str) -> tuple[int, ...]:
         """The events before the first segment of a kind; all where there is none."""
         end = next((start for start, name in self.marks if name == kind), len(self.events))
         return self.events[:end]
+
+    def in_training(self, steps: int = 2) -> Unrolled:
+        """The same in the order of a real run: optimizer states appear at the end of the first step.
+
+        They then lie in the gaps that its activations left, and keep those segments from being returned: what a
+        process reserves depends on it.
+        """
+        return _TrainingOrder(self).run(steps)
 
     def peaks(self) -> dict[str, int]:
         """Peak of allocated bytes in every kind of segment."""
@@ -123,15 +137,28 @@ class StepTrace:
             raise ValueError(f"a trace of {self.layers} layers cannot be unrolled to {layers}: {reason}")
         return _Unroller(self, layers).run()
 
+    def work(self, layers: int) -> dict[str, Work]:
+        """The work of each kind of segment, of the first micro-batch, at full depth."""
+        found: dict[str, Work] = defaultdict(Work)
+        for part in self.segments:
+            if part.index == 0 or part.kind == "evaluation":
+                middle = part.layer == _MIDDLE and layers != self.layers
+                times = layers - TRACED_LAYERS + 1 if middle else 1
+                found[part.kind] = found[part.kind].plus(part.work, times)
+        return dict(found)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the cache."""
-        rows = [[part.kind, part.index, part.layer, list(part.events)] for part in self.segments]
+        rows = [[part.kind, part.index, part.layer, list(part.events), part.work.to_json()] for part in self.segments]
         return {"layers": self.layers, "segments": rows, "notes": list(self.notes)}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> StepTrace:
         """The trace that `to_json` wrote."""
-        segments = tuple(Segment(kind, index, layer, tuple(rest)) for kind, index, layer, rest in values["segments"])
+        segments = tuple(
+            Segment(kind, index, layer, tuple(events), Work.from_json(work))
+            for kind, index, layer, events, work in values["segments"]
+        )
         return cls(values["layers"], segments, tuple(values["notes"]))
 
     def _joined(self) -> Unrolled:
@@ -208,3 +235,53 @@ class _Unroller:
         else:  # a neighbour of the middle layer frees that of the copy next to it
             targets = [_MIDDLE if traced_layer < _MIDDLE else self._layers - TRACED_LAYERS + _MIDDLE]
         return [self._new_numbers[(kind, index, target), number] for target in targets]
+
+
+class _TrainingOrder:
+    """Repeats the step of a trace, and takes the optimizer's states only when the first one gets there."""
+
+    def __init__(self, whole: Unrolled) -> None:
+        self._whole = whole
+        self._numbers = list(accumulate(int(event > 0) for event in whole.events))
+        self._copies: dict[int, int] = {}  # live allocations, by their number in the trace
+        self._events: list[int] = []
+        self._marks: list[tuple[int, str]] = []
+        self._allocations = 0
+
+    def run(self, steps: int) -> Unrolled:
+        states, first, evaluation = (self._start(kind) for kind in ("states", "batch", "evaluation"))
+        states = min(states, first)
+        update = min(self._start("optimizer"), self._start("release"), evaluation)
+        self._copy(0, states)
+        before = set(self._copies)
+        starts = []
+        for number in range(steps):
+            starts.append(len(self._events))
+            self._copy(first, update)
+            if number == 0:
+                self._copy(states, first)
+                before |= set(self._copies) & set(self._numbers[states:first])
+            self._copy(update, evaluation)
+            for left in [one for one in self._copies if one not in before]:
+                self._events.append(-self._copies.pop(left))
+        self._copy(evaluation, len(self._whole.events))
+        return Unrolled(tuple(self._events), tuple(self._marks), tuple(starts))
+
+    def _start(self, kind: str) -> int:
+        return next((start for start, name in self._whole.marks if name == kind), len(self._whole.events))
+
+    def _copy(self, start: int, end: int) -> None:
+        kinds = dict(self._whole.marks)
+        within = [name for position, name in self._whole.marks if position <= start]
+        if start < end and within:
+            self._marks.append((len(self._events), within[-1]))
+        for position in range(start, end):
+            if position in kinds and position > start:
+                self._marks.append((len(self._events), kinds[position]))
+            event = self._whole.events[position]
+            if event > 0:
+                self._allocations += 1
+                self._copies[self._numbers[position]] = self._allocations
+                self._events.append(event)
+            elif -event in self._copies:  # else: given back at the end of its step
+                self._events.append(-self._copies.pop(-event))
