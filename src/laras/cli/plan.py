@@ -14,6 +14,7 @@ from laras.records import TrainPlan
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 _BAR_CHARS = 40
 _GIB = 2**30
@@ -52,36 +53,62 @@ def plan_command(
 def show_plan(plan: TrainPlan) -> None:
     """The plan for a person: choices with reasons, memory by component, time, runners-up, remedies."""
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
     size = f"{plan.model.total_parameters / 1e9:.2f}B parameters"
-    console.print(f"{plan.model.source} ({plan.model.model_type}, {size}) on {plan.hardware.gpu_name}", markup=False)
-    table = Table(box=None, pad_edge=False)
-    for name in ("choice", "value", "reason"):
-        table.add_column(name, overflow="fold")
-    values = plan.choices.model_dump(mode="json")
-    for name in _SHOWN:
-        value = values[name]
-        text = ", ".join(value) if isinstance(value, list) else f"{value:g}" if isinstance(value, float) else str(value)
-        table.add_row(name, text, plan.reasons.get(name, ""))
-    console.print(table)
+    console.print(f"{plan.model.source} ({plan.model.model_type}, {size}) on {plan.hardware.gpu_name}\n", markup=False)
+    console.print(_choices_table(plan))
     _show_memory(console, plan)
     time = plan.time
     console.print(f"\n{time.steps:,} steps at about {time.tokens_per_s:,.0f} tokens/s: {duration(time.total_s)}")
-    for other in plan.alternatives[:2]:
-        verdict = "fits" if other.fits else "does not fit"
-        console.print(
-            f"next best: micro-batch {other.per_device_train_batch_size}, checkpointing "
-            f"{'on' if other.gradient_checkpointing else 'off'}, 4-bit {'on' if other.load_in_4bit else 'off'}: "
-            f"{_gib(other.train_peak_allocated_bytes)}, {other.tokens_per_s:,.0f} tokens/s, {verdict}"
-        )
+    if plan.alternatives:
+        console.print("\nnext best")
+        console.print(_alternatives_table(plan))
     for warning in plan.warnings:
         console.print(f"warning: {warning}", markup=False)
     if not plan.fits:
         console.print("does not fit; what would make it possible:")
         for remedy in plan.remedies:
             console.print(f"  {remedy}", markup=False)
+
+
+def _choices_table(plan: TrainPlan) -> Table:
+    """Choices as they would stand in a configuration, never broken, and the reasons beside them."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column("choice", no_wrap=True)
+    table.add_column("reason", overflow="fold")
+    values = plan.choices.model_dump(mode="json")
+    for name in _SHOWN:
+        value, reason = values[name], plan.reasons.get(name, "")
+        if isinstance(value, list):
+            value, reason = len(value), f"{reason}: {', '.join(value)}"
+        elif isinstance(value, bool):
+            value = str(value).lower()
+        elif isinstance(value, float):
+            value = f"{value:g}"
+        table.add_row(Text(f"{name}: {value}"), Text(reason))
+    return table
+
+
+def _alternatives_table(plan: TrainPlan) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in ("micro-batch", "checkpointing", "packing", "4-bit", "memory", "tokens/s", ""):
+        table.add_column(name, no_wrap=True, justify="right" if name in ("memory", "tokens/s") else "left")
+    for other in plan.alternatives[:2]:
+        flags = (other.gradient_checkpointing, other.packing, other.load_in_4bit)
+        table.add_row(
+            str(other.per_device_train_batch_size),
+            *("on" if flag else "off" for flag in flags),
+            _gib(other.train_peak_allocated_bytes),
+            f"{other.tokens_per_s:,.0f}",
+            "fits" if other.fits else "does not fit",
+        )
+    return table
 
 
 def _show_memory(console: Console, plan: TrainPlan) -> None:
@@ -91,7 +118,7 @@ def _show_memory(console: Console, plan: TrainPlan) -> None:
     rows = [*memory.components.items(), ("total", memory.train_peak_allocated_bytes)]
     rows += [("reserved", memory.train_peak_reserved_bytes), ("evaluation", memory.eval_peak_allocated_bytes)]
     for name, size in [*rows, ("may be used", memory.device_budget_bytes)]:
-        bar = "#" * round(_BAR_CHARS * size / largest)
+        bar = "#" * min(_BAR_CHARS, round(_BAR_CHARS * size / largest))
         console.print(f"  {name:<14} {bar:<{_BAR_CHARS}} {_gib(size):>10}", markup=False)
 
 
