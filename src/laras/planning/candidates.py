@@ -40,6 +40,7 @@ PACKABLE_TYPES = frozenset(
     }
 )  # fmt: skip
 LOSS_CHUNK_TOKENS = 1024
+_MOST_TOKENS = 2**22  # in a micro-batch of several rows: beyond it nothing gets faster on any device
 _VARLEN_CAPABILITY, _VARLEN_CHANNELS = (8, 0), 256
 _BIN_FILL = 0.98  # share of a packed bin's slots that hold tokens
 # Largest shares by which packing may change the tokens of an optimizer step: wanted, and at all.
@@ -227,20 +228,29 @@ def _evaluated(
                 break
     memory = estimate_memory(spec, case, hardware, budget)
     fits = max(memory.train_peak_reserved_bytes, memory.eval_peak_allocated_bytes) <= budget
-    return Candidate(case, accumulation, packing, memory, _rate(spec, case, hardware, work, packing), fits)
+    return Candidate(
+        case, accumulation, packing, memory, _rate(spec, case, hardware, work, packing, accumulation), fits
+    )
 
 
-def _rate(spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, work: Workload, packing: bool) -> float:
+def _rate(
+    spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, work: Workload, packing: bool, accumulation: int
+) -> float:
     """Useful tokens a second."""
     if packing:
         useful = bin_fill(work) * case.micro_batch * case.length_tokens
         step_s = estimate_step_s(
-            spec, case, hardware, attended_tokens=work.attended_tokens, target_share=work.target_share
+            spec,
+            case,
+            hardware,
+            attended_tokens=work.attended_tokens,
+            target_share=work.target_share,
+            accumulation=accumulation,
         )
     else:
         expected = replace(case, length_tokens=work.expected_longest(case.micro_batch))
         useful = work.mean_tokens * case.micro_batch
-        step_s = estimate_step_s(spec, expected, hardware, target_share=work.target_share)
+        step_s = estimate_step_s(spec, expected, hardware, target_share=work.target_share, accumulation=accumulation)
     return useful / step_s
 
 
@@ -258,15 +268,18 @@ def _batches(config: RunConfig, work: Workload, packing: bool) -> Iterator[tuple
     elif accumulation_given != "auto":
         yield max(1, effective // accumulation_given), accumulation_given
     else:
-        yield from ((micro, effective // micro) for micro in range(1, effective + 1) if effective % micro == 0)
+        most = max(1, _MOST_TOKENS // work.length_tokens)
+        yield from (
+            (micro, effective // micro) for micro in range(1, min(effective, most) + 1) if effective % micro == 0
+        )
 
 
 def _packed_batches(config: RunConfig, work: Workload) -> Iterator[tuple[int, int]]:
     """Bins and accumulation that keep the tokens of an optimizer step, as nearly as there are any."""
     bin_tokens = bin_fill(work) * work.length_tokens
-    most = max(1, int(work.step_tokens * (1 + _EFFECTIVE_SLACKS[-1]) / bin_tokens))
+    most = max(1, int(min(_MOST_TOKENS, work.step_tokens * (1 + _EFFECTIVE_SLACKS[-1])) / bin_tokens))
     found: list[tuple[float, int, int]] = []
-    for micro in _given(config.per_device_train_batch_size, list(range(1, most + 1))):
+    for micro in _given(config.per_device_train_batch_size, _thinned(most)):
         nearest = max(1, round(work.step_tokens / (micro * bin_tokens)))
         accumulation = _given(config.gradient_accumulation_steps, [nearest])[0]
         found.append((abs(accumulation * micro * bin_tokens / work.step_tokens - 1), micro, accumulation))
@@ -278,6 +291,15 @@ def _packed_batches(config: RunConfig, work: Workload) -> Iterator[tuple[int, in
         if near:
             yield from near
             return
+
+
+def _thinned(most: int) -> list[int]:
+    """1 to `most`; above a few, in steps of an eighth."""
+    sizes, size = [], 1
+    while size <= most:
+        sizes.append(size)
+        size += max(1, size // 8)
+    return sizes
 
 
 def bin_fill(work: Workload) -> float:

@@ -1,38 +1,34 @@
 """The fastest settings that fit the device, and why; the optimisation itself stays as the user set it.
 
-The closed form ranks every combination at once. The step is then simulated for the best, and for the next where it does
-not fit; whether it fits is decided by a replay of the allocator at the device's capacity.
+The closed form ranks every combination at once (`candidates`); the steps of the best are then simulated, and whether
+one fits is decided by a replay of the allocator at the device's capacity (`selection`).
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
 from math import ceil
 
 from laras.config import RunConfig
-from laras.errors import ConfigError, LarasError
+from laras.errors import ConfigError
 from laras.planning.architecture import FAMILIES
 from laras.planning.candidates import (
-    LOSS_CHUNK_TOKENS,
     PACKABLE_TYPES,
     Candidate,
     bin_fill,
     candidates,
-    device_budget_bytes,
     fused_possible,
     packing_refusal,
 )
-from laras.planning.memory import lora_parameters
 from laras.planning.precision import choose_precision
 from laras.planning.remedies import find_remedies
-from laras.planning.simulated import Simulate, simulated_memory
+from laras.planning.selection import resolved_choices, select
+from laras.planning.simulated import Simulate
 from laras.planning.workload import Workload, workload
 from laras.records import (
     Alternative,
     DatasetProfile,
     HardwareSpec,
     ModelSpec,
-    PlanChoices,
     Precision,
     SplitManifest,
     TimeEstimate,
@@ -42,11 +38,6 @@ from laras.records import (
 
 # A row costs half as much to validate as to train on, with frozen weights; so much of a run may go to validation.
 _FORWARD_SHARE, _EVALUATION_SHARE = 0.5, 0.2
-_RSLORA_FROM = 3e9
-# The closed form is trusted to this share: candidates above it are not simulated, and without a simulation a plan
-# must leave this much.
-_CLOSED_FORM_MARGIN = 0.10
-_MOST_SIMULATIONS = 6
 _GIB = 2**30
 
 
@@ -83,12 +74,12 @@ def plan_training(
     work = workload(config, profile, manifest, spec)
     found = candidates(config, spec, hardware, precision, work)
     warnings = _family_warnings(config, spec)
-    best = _choose(config, spec, hardware, work, found, simulate, warnings)
+    selection = select(config, spec, hardware, work, found, simulate)
+    best, others = selection.best, selection.others
+    warnings += selection.warnings
     steps = _steps(config, work, best)
-    choices = _choices(config, spec, best, _eval_steps(config, work, steps))
+    choices = resolved_choices(config, spec, best, _eval_steps(config, work, steps))
     reasons = {"precision": f"{precision}: {why}", **_reasons(config, spec, hardware, precision, work, found, best)}
-    others = [one for one in found if one.case != best.case or one.packing != best.packing]
-    others.sort(key=lambda one: (not one.fits, *one.preference()))
     remedies: tuple[str, ...] = ()
     if not best.fits:
         remedies = find_remedies(config, profile, manifest, spec, hardware)
@@ -132,66 +123,6 @@ def _time(work: Workload, steps: int, eval_steps: int, tokens_per_s: float) -> T
     return TimeEstimate(tokens_per_s=tokens_per_s, steps=steps, total_s=tokens / tokens_per_s)
 
 
-def _choose(
-    config: RunConfig,
-    spec: ModelSpec,
-    hardware: HardwareSpec,
-    work: Workload,
-    found: list[Candidate],
-    simulate: Simulate | None,
-    warnings: list[str],
-) -> Candidate:
-    """The best candidate that fits, or the smallest one."""
-    smallest = min(found, key=lambda one: one.memory.train_peak_reserved_bytes)
-    if hardware.kind == "cpu":
-        simulate = None  # main memory has no segments to replay, and is overcommitted anyway
-    limit = device_budget_bytes(config, hardware)
-    tried = 0
-    last: Candidate | None = None
-    for one in found if simulate is not None else ():
-        if one.memory.train_peak_allocated_bytes > limit * (1 + _CLOSED_FORM_MARGIN) and one is not smallest:
-            continue
-        try:
-            assert simulate is not None
-            exact = _simulated(config, spec, hardware, work, one, limit, simulate)
-        except LarasError as error:
-            warnings.append(f"{error.message}; memory is from the closed form, with a margin of 10%")
-            return _by_closed_form(found, smallest, 1 - _CLOSED_FORM_MARGIN)
-        if exact.fits:
-            return exact
-        tried, last = tried + 1, exact
-        limit_reached = tried >= _MOST_SIMULATIONS
-        if limit_reached:
-            break
-    if simulate is not None:
-        if last is not None and last.case == smallest.case:
-            return last
-        return _simulated(config, spec, hardware, work, smallest, limit, simulate)
-    return _by_closed_form(found, smallest, 1.0)
-
-
-def _by_closed_form(found: list[Candidate], smallest: Candidate, share: float) -> Candidate:
-    for one in found:
-        needed = max(one.memory.train_peak_reserved_bytes, one.memory.eval_peak_allocated_bytes)
-        if needed <= share * one.memory.device_budget_bytes:
-            return one
-    return smallest if smallest.fits and share == 1.0 else replace(smallest, fits=False)
-
-
-def _simulated(
-    config: RunConfig,
-    spec: ModelSpec,
-    hardware: HardwareSpec,
-    work: Workload,
-    one: Candidate,
-    budget: int,
-    simulate: Simulate,
-) -> Candidate:
-    documents = work.documents(one.case.micro_batch * one.case.length_tokens) if one.packing else None
-    memory, fits = simulated_memory(simulate, config, _choices(config, spec, one, 1), spec, hardware, budget, documents)
-    return replace(one, memory=memory, fits=fits)
-
-
 def _steps(config: RunConfig, work: Workload, best: Candidate) -> int:
     if config.max_steps:
         return config.max_steps
@@ -210,57 +141,6 @@ def _eval_steps(config: RunConfig, work: Workload, steps: int) -> int:
     usual = max(1, min(100, steps // 10))
     affordable = ceil(_FORWARD_SHARE * work.validation_tokens / (_EVALUATION_SHARE * work.step_tokens))
     return max(1, min(max(usual, affordable), steps // 2))
-
-
-def _choices(config: RunConfig, spec: ModelSpec, best: Candidate, eval_steps: int) -> PlanChoices:
-    case, full = best.case, best.case.full
-    rslora = spec.total_parameters > _RSLORA_FROM if config.use_rslora == "auto" else config.use_rslora
-    trained = spec.total_parameters if full else lora_parameters(spec, case.lora_r, case.target_modules)
-    if config.use_dora and not full:
-        trained += _dora_parameters(spec, case.target_modules)
-    rate = (2e-5 if full else 2e-4) if config.learning_rate == "auto" else config.learning_rate
-    attention = config.attn_implementation
-    if attention == "auto":
-        attention = "varlen" if best.packing else "sdpa"
-    return PlanChoices(
-        per_device_train_batch_size=case.micro_batch,
-        per_device_eval_batch_size=case.eval_batch,
-        gradient_accumulation_steps=best.accumulation,
-        gradient_checkpointing=case.checkpointing,
-        checkpoint_kind=case.checkpoint_kind,
-        fused_layers=case.fused,
-        mlp_chunk_tokens=case.mlp_chunk_tokens,
-        loss_chunk_tokens=LOSS_CHUNK_TOKENS,
-        packing=best.packing,
-        max_length=case.length_tokens,
-        finetuning_type=config.finetuning_type,
-        load_in_4bit=case.weights == "nf4",
-        load_in_8bit=config.load_in_8bit,
-        precision=case.precision,
-        optim=case.optim,
-        backend="transformers" if config.backend == "auto" else config.backend,
-        attention=attention,
-        loss_kind=case.loss_kind,
-        lora_r=case.lora_r,
-        lora_alpha=2.0 * case.lora_r if config.lora_alpha == "auto" else config.lora_alpha,
-        lora_dropout=config.lora_dropout,
-        use_rslora=rslora,
-        use_dora=config.use_dora,
-        target_modules=case.target_modules,
-        trainable_parameters=trained,
-        total_parameters=spec.total_parameters + (0 if full else trained),
-        learning_rate=rate,
-        eval_steps=eval_steps,
-        save_steps=eval_steps if config.save_steps == "auto" else config.save_steps,
-        logging_steps=config.logging_steps,
-    )
-
-
-def _dora_parameters(spec: ModelSpec, targets: tuple[str, ...]) -> int:
-    """One magnitude for every output."""
-    from laras.planning.memory import adapted_layers
-
-    return spec.layers * sum(outputs for _, _, outputs in adapted_layers(spec, targets))
 
 
 def _reasons(

@@ -1,9 +1,10 @@
-"""Memory by simulation, kept on disk: a plan that was made before needs neither torch nor a second run."""
+"""Memory and work by simulation, kept on disk: a plan that was made before needs neither torch nor a second run."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from laras.config import RunConfig
 from laras.planning.allocator import replay
 from laras.planning.memory import workspace_bytes
 from laras.planning.trace import StepTrace
+from laras.planning.work import Work
 from laras.records import HardwareSpec, MemoryEstimate, ModelSpec, PlanChoices, digest_of, write_atomically
 
 Simulate = Callable[[RunConfig, PlanChoices, int, HardwareSpec, int | None], StepTrace]
@@ -25,7 +27,22 @@ _TRAINING = ("weights", "states", "batch", "forward", "loss", "backward", "end",
 _MOMENTS = {"loss": "loss", "backward": "backward of a layer", "forward": "forward", "optimizer": "optimizer step"}
 
 
-def simulated_memory(
+@dataclass(frozen=True)
+class SimulatedStep:
+    """What a simulated step says of a plan.
+
+    Attributes:
+        memory: Predicted.
+        fits: Whether the allocator fits it into the budget.
+        work: What the device has to do, by kind of segment.
+    """
+
+    memory: MemoryEstimate
+    fits: bool
+    work: dict[str, Work]
+
+
+def simulated_step(
     simulate: Simulate,
     config: RunConfig,
     choices: PlanChoices,
@@ -33,8 +50,8 @@ def simulated_memory(
     hardware: HardwareSpec,
     budget_bytes: int,
     documents: int | None = None,
-) -> tuple[MemoryEstimate, bool]:
-    """The predicted memory of a plan, and whether the allocator fits it into the budget.
+) -> SimulatedStep:
+    """The predicted memory of a plan, whether the allocator fits it into the budget, and the work of its step.
 
     Raises:
         LarasError: The model cannot be simulated.
@@ -71,7 +88,7 @@ def simulated_memory(
         peak_moment=_MOMENTS.get(moment, moment),
         method="simulation",
     )
-    return estimate, fits
+    return SimulatedStep(estimate, fits, trace.work(spec.layers))
 
 
 def _cached(

@@ -1,0 +1,206 @@
+"""Which candidate runs: the closed form ranks, simulated steps decide what fits and which of the best is fastest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from laras.config import RunConfig
+from laras.errors import LarasError
+from laras.planning.candidates import LOSS_CHUNK_TOKENS, Candidate, bin_fill, device_budget_bytes
+from laras.planning.memory import adapted_layers, lora_parameters
+from laras.planning.simulated import Simulate, simulated_step
+from laras.planning.throughput import recorded_step_s
+from laras.planning.workload import Workload
+from laras.records import HardwareSpec, ModelSpec, PlanChoices
+
+_RSLORA_FROM = 3e9
+# The closed form is trusted to this share: candidates above it are not simulated, and without a simulation a plan
+# must leave this much.
+_CLOSED_FORM_MARGIN = 0.10
+_HOPELESS = 2.0  # times the budget, in closed form: nothing is simulated, since a step of any length could be asked for
+_MOST_SIMULATIONS = 6
+# Candidates that fit are compared by their simulated steps while the closed form sees them this close to the first.
+_MOST_CONTENDERS, _CONTENDER_SHARE = 3, 0.93
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What was chosen.
+
+    Attributes:
+        best: The candidate that runs.
+        others: The rest, with speeds on the scale of the best one's.
+        warnings: What the choice could not rest on.
+    """
+
+    best: Candidate
+    others: tuple[Candidate, ...]
+    warnings: tuple[str, ...] = ()
+
+
+def select(
+    config: RunConfig,
+    spec: ModelSpec,
+    hardware: HardwareSpec,
+    work: Workload,
+    found: list[Candidate],
+    simulate: Simulate | None,
+) -> Selection:
+    """The fastest candidate that fits, or the smallest one.
+
+    Args:
+        config: What the user wants.
+        spec: The architecture.
+        hardware: The device.
+        work: What the data asks for.
+        found: Every candidate, the best by closed form first.
+        simulate: Records a step; None chooses by the closed form alone.
+    """
+    smallest = min(found, key=lambda one: one.memory.train_peak_reserved_bytes)
+    limit = device_budget_bytes(config, hardware)
+    # Main memory has no segments to replay, and is overcommitted anyway.
+    if simulate is None or hardware.kind == "cpu":
+        return _selection(found, _by_closed_form(found, smallest, 1.0))
+    if smallest.memory.train_peak_allocated_bytes > _HOPELESS * limit:
+        return _selection(found, replace(smallest, fits=False))
+    try:
+        fitting, refused = _fitting(config, spec, hardware, work, found, simulate)
+        if not fitting:
+            known = [one for one in refused if one.case == smallest.case]
+            last = known[0] if known else _simulated(config, spec, hardware, work, smallest, limit, simulate)
+            return _selection(found, last)
+    except LarasError as error:
+        warning = f"{error.message}; memory is from the closed form, with a margin of 10%"
+        return _selection(found, _by_closed_form(found, smallest, 1 - _CLOSED_FORM_MARGIN), warning)
+    return _selection(found, max(fitting, key=lambda one: one.tokens_per_s))
+
+
+def _fitting(
+    config: RunConfig,
+    spec: ModelSpec,
+    hardware: HardwareSpec,
+    work: Workload,
+    found: list[Candidate],
+    simulate: Simulate,
+) -> tuple[list[Candidate], list[Candidate]]:
+    """Simulated candidates: those that fit, about as good as the first that does, and those that do not."""
+    limit = device_budget_bytes(config, hardware)
+    fitting: list[Candidate] = []
+    refused: list[Candidate] = []
+    first: Candidate | None = None
+    for one in found:
+        if one.memory.train_peak_allocated_bytes > limit * (1 + _CLOSED_FORM_MARGIN):
+            continue
+        if first is not None and not _contends(one, first):
+            break
+        exact = _simulated(config, spec, hardware, work, one, limit, simulate)
+        if exact.fits:
+            first = first or one
+            fitting.append(exact)
+        else:
+            refused.append(exact)
+        if len(fitting) >= _MOST_CONTENDERS or len(refused) >= _MOST_SIMULATIONS:
+            break
+    return fitting, refused
+
+
+def _contends(one: Candidate, first: Candidate) -> bool:
+    alike = one.preference()[:2] == first.preference()[:2]
+    return alike and one.tokens_per_s >= _CONTENDER_SHARE * first.tokens_per_s
+
+
+def _selection(found: list[Candidate], best: Candidate, *warnings: str) -> Selection:
+    others = [one for one in found if one.case != best.case or one.packing != best.packing]
+    by_closed_form = max((one.tokens_per_s for one in found if _key(one) == _key(best)), default=best.tokens_per_s)
+    scale = best.tokens_per_s / by_closed_form
+    scaled = [replace(one, tokens_per_s=scale * one.tokens_per_s) for one in others]
+    scaled.sort(key=lambda one: (not one.fits, *one.preference()))
+    return Selection(best, tuple(scaled), warnings)
+
+
+def _key(one: Candidate) -> tuple[object, ...]:
+    return one.case, one.packing, one.accumulation
+
+
+def _by_closed_form(found: list[Candidate], smallest: Candidate, share: float) -> Candidate:
+    for one in found:
+        needed = max(one.memory.train_peak_reserved_bytes, one.memory.eval_peak_allocated_bytes)
+        if needed <= share * one.memory.device_budget_bytes:
+            return one
+    return smallest if smallest.fits and share == 1.0 else replace(smallest, fits=False)
+
+
+def _simulated(
+    config: RunConfig,
+    spec: ModelSpec,
+    hardware: HardwareSpec,
+    work: Workload,
+    one: Candidate,
+    budget: int,
+    simulate: Simulate,
+) -> Candidate:
+    case = one.case
+    documents = work.documents(case.micro_batch * case.length_tokens) if one.packing else None
+    choices = resolved_choices(config, spec, one, 1)
+    step = simulated_step(simulate, config, choices, spec, hardware, budget, documents)
+    expected = case.length_tokens if one.packing else work.expected_longest(case.micro_batch)
+    step_s = recorded_step_s(
+        step.work,
+        hardware,
+        span_tokens=work.attended_tokens if one.packing else expected,
+        target_share=work.target_share,
+        token_share=expected / case.length_tokens,
+        accumulation=one.accumulation,
+    )
+    useful = bin_fill(work) * case.length_tokens if one.packing else work.mean_tokens
+    return replace(one, memory=step.memory, fits=step.fits, tokens_per_s=useful * case.micro_batch / step_s)
+
+
+def resolved_choices(config: RunConfig, spec: ModelSpec, best: Candidate, eval_steps: int) -> PlanChoices:
+    """Everything that training needs to know, of a candidate."""
+    case, full = best.case, best.case.full
+    rslora = spec.total_parameters > _RSLORA_FROM if config.use_rslora == "auto" else config.use_rslora
+    trained = spec.total_parameters if full else lora_parameters(spec, case.lora_r, case.target_modules)
+    if config.use_dora and not full:
+        trained += _dora_parameters(spec, case.target_modules)
+    rate = (2e-5 if full else 2e-4) if config.learning_rate == "auto" else config.learning_rate
+    attention = config.attn_implementation
+    if attention == "auto":
+        attention = "varlen" if best.packing else "sdpa"
+    return PlanChoices(
+        per_device_train_batch_size=case.micro_batch,
+        per_device_eval_batch_size=case.eval_batch,
+        gradient_accumulation_steps=best.accumulation,
+        gradient_checkpointing=case.checkpointing,
+        checkpoint_kind=case.checkpoint_kind,
+        fused_layers=case.fused,
+        mlp_chunk_tokens=case.mlp_chunk_tokens,
+        loss_chunk_tokens=LOSS_CHUNK_TOKENS,
+        packing=best.packing,
+        max_length=case.length_tokens,
+        finetuning_type=config.finetuning_type,
+        load_in_4bit=case.weights == "nf4",
+        load_in_8bit=config.load_in_8bit,
+        precision=case.precision,
+        optim=case.optim,
+        backend="transformers" if config.backend == "auto" else config.backend,
+        attention=attention,
+        loss_kind=case.loss_kind,
+        lora_r=case.lora_r,
+        lora_alpha=2.0 * case.lora_r if config.lora_alpha == "auto" else config.lora_alpha,
+        lora_dropout=config.lora_dropout,
+        use_rslora=rslora,
+        use_dora=config.use_dora,
+        target_modules=case.target_modules,
+        trainable_parameters=trained,
+        total_parameters=spec.total_parameters + (0 if full else trained),
+        learning_rate=rate,
+        eval_steps=eval_steps,
+        save_steps=eval_steps if config.save_steps == "auto" else config.save_steps,
+        logging_steps=config.logging_steps,
+    )
+
+
+def _dora_parameters(spec: ModelSpec, targets: tuple[str, ...]) -> int:
+    """One magnitude for every output."""
+    return spec.layers * sum(outputs for _, _, outputs in adapted_layers(spec, targets))
