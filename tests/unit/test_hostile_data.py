@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import resource
+import sys
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -13,6 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from laras.data import read
+from laras.data.limits import memory_limit
 from laras.data.read import MAX_LINE_BYTES, SourceRow
 from laras.data.sources import find_sources
 from laras.errors import DataError, ExitCode
@@ -146,6 +150,84 @@ def test_what_is_no_parquet_is_refused_and_never_unpickled(tmp_path: Path) -> No
             rows(written(tmp_path / "a.parquet", content))
         assert caught.value.hint, name
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["a.parquet"]
+
+
+def write_parquet(path: Path, column: pa.Array) -> Path:
+    pq.write_table(pa.table({"text": column}), path, compression="zstd")
+    return path
+
+
+def repeated(value: str, count: int) -> pa.Array:
+    """One value in the file, however often it stands in the table."""
+    return pa.DictionaryArray.from_arrays(pa.array([0] * count, pa.int32()), pa.array([value]))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the bound on memory is the kernel's of Linux")
+def test_a_parquet_file_of_600_bytes_that_stands_for_60_gb_is_refused_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "_MOST_DECODED_BYTES", 2**28)
+    path = write_parquet(tmp_path / "a.parquet", repeated("a" * 3_000_000, 20_000))
+    assert path.stat().st_size < 2_000
+    before = resident_peak_bytes()
+    with pytest.raises(DataError, match=r"expands too much: decoding what follows row 0 takes more than 268,435,456"):
+        rows(path)
+    assert resident_peak_bytes() - before < 2**29
+
+
+def resident_peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def test_a_parquet_file_of_rows_without_number_or_of_rows_without_content_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "_MOST_ROWS", 100_000)
+    monkeypatch.setattr(read, "_FREE_BYTES", 2**20)
+    path = write_parquet(tmp_path / "a.parquet", pa.array([None] * 200_000, pa.int8()))
+    with pytest.raises(DataError, match="expands too much: 200,000 rows in a file of") as caught:
+        rows(path)
+    assert caught.value.exit_code == ExitCode.DATA and caught.value.hint
+    path = write_parquet(tmp_path / "b.parquet", repeated("a" * 1_000, 90_000))
+    with pytest.raises(DataError, match="bytes of rows in a file of"):
+        rows(path)
+
+
+def test_a_parquet_row_that_is_too_large_is_named_and_costs_its_row_alone(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", pa.array(["a", "b" * (MAX_LINE_BYTES + 1), "c"]))
+    read_rows = rows(path)
+    assert [(row.line, row.value) for row in read_rows if row.reason is None] == [
+        (1, {"text": "a"}),
+        (3, {"text": "c"}),
+    ]
+    assert read_rows[1].line == 2 and f"the limit is {MAX_LINE_BYTES:,}" in str(read_rows[1].reason)
+
+
+def test_dictionaries_in_a_parquet_file_are_read_as_what_they_stand_for(tmp_path: Path) -> None:
+    words = pa.array(["a", "b", "a"]).dictionary_encode()
+    table = pa.table(
+        {
+            "text": words.slice(0, 2),
+            "list": pa.ListArray.from_arrays(pa.array([0, 1, 3], pa.int32()), words),
+            "struct": pa.StructArray.from_arrays([words.slice(1, 2)], ["deep"]),
+        }
+    )
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert [row.value for row in rows(tmp_path / "a.parquet")] == [
+        {"text": "a", "list": ["a"], "struct": {"deep": "b"}},
+        {"text": "b", "list": ["b", "a"], "struct": {"deep": "a"}},
+    ]
+
+
+def test_the_bound_on_memory_ends_with_its_block(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(MemoryError), memory_limit(2**26):
+        bytearray(2**28)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    with pytest.raises(KeyError), memory_limit(2**26):
+        raise KeyError
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+    bytearray(2**28)
 
 
 def test_links_in_circles_and_pipes_in_a_folder_are_passed_over(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from laras.config import RunConfig
+from laras.data import render
 from laras.data.render import build_renderer
 from laras.errors import ConfigError, DataError, ExitCode
 from laras.models.loader import load_model, load_model_config, load_tokenizer
@@ -194,6 +196,28 @@ def test_an_impossible_model_name_is_refused(source: str, tmp_path: Path) -> Non
         "{% import 'os' as os %}",
         "{% set _ = messages.clear() %}",
         "{% for i in range(10**12) %}{% endfor %}",
+        "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(90) }}",
+        "{% for i in [[1, 2]] recursive %}{{ loop([i, i]) }}{% endfor %}",
+        "{% for i in range(100000) %}{{ 'a' * 1000 }}{% endfor %}",
+        "{{ 10 ** (10 ** 9) }}",
+        "{{ 1|round(1000000000, 'ceil') }}",
+        "{{ lipsum(n=100000000) }}",
+        "{% set a = namespace(x=[1], y=[1]) %}{% for i in range(60) %}{% set a.x = [a.x, a.x] %}"
+        "{% set a.y = [a.y, a.y] %}{% endfor %}{{ a.x == a.y }}",
+        "{% set a = namespace(x=[1]) %}{% for i in range(60) %}{% set a.x = dict(b=a.x, c=a.x) %}{% endfor %}{{ a.x }}",
+        "{% set a = namespace(x=[[1]]) %}{% for i in range(60) %}{% set a.x = a.x + a.x %}{% endfor %}{{ a.x }}",
+        "{% set a = namespace(x=[1]) %}{% for i in range(9) %}{% set a.x = [a.x] * 1000 %}{% endfor %}{{ a.x|tojson }}",
+        "{{ 'a'|center(10000000000) }}",
+        "{{ '{:>10000000000}'.format(1) }}",
+        "{{ '{:>{}}'.format(1, 10000000000) }}",
+        "{{ messages[0].content.ljust(10000000000) }}",
+        "{% set ns = namespace(x='0123456789') %}{% for i in range(60) %}{% set ns.x = ns.x + ns.x %}{% endfor %}",
+        "{% set ns = namespace(x=3) %}{% for i in range(60) %}{% set ns.x = ns.x * ns.x %}{% endfor %}",
+        "{{ 'a' * 10 ** 11 }}",
+        "{{ [0] * 10000000000 }}",
+        "{{ '%0999999999d' % 1 }}",
+        "{{ '%*d' % (999999999, 1) }}",
         "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
         "{{ 1 / 0 }}",
         "{{ 2.0 ** 5000 }}",
@@ -207,12 +231,64 @@ def test_a_hostile_chat_template_stays_in_its_sandbox(
     template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    for name, less in (("MAX_TIME_S", 0.3), ("MAX_STEPS", 100_000), ("MAX_PARTS", 20_000)):  # for a quick test
+        monkeypatch.setattr(f"laras.data.template.{name}", less)
     words = tokenizer()
     words.chat_template = template + CHATML
     with pytest.raises(DataError) as caught:
         build_renderer(words, "messages", True)
     assert caught.value.hint
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the bound on memory is the kernel's of Linux")
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% set ns = namespace(x='0123456789') %}{% for i in range(60) %}{% set ns.x = ns.x ~ ns.x %}{% endfor %}",
+        "{% set ns = namespace(x='0123456789') %}{% for i in range(60) %}{% set ns.x = ns.x|replace('0', ns.x) %}"
+        "{% endfor %}",
+        "{% macro d(s) %}{{ s }}{{ s }}{% endmacro %}{% set ns = namespace(x='0123456789') %}"
+        "{% for i in range(60) %}{% set ns.x = d(ns.x) %}{% endfor %}",
+    ],
+)
+def test_a_template_that_wants_all_memory_is_refused(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "_DECODED_BYTES", 2**27)
+    words = tokenizer()
+    words.chat_template = template + CHATML
+    with pytest.raises(DataError) as caught:
+        build_renderer(words, "messages", True)
+    assert caught.value.hint
+
+
+def test_a_template_that_is_slow_for_one_conversation_costs_that_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = tokenizer()
+    slow = "{% if messages[0].content == 'slow' %}{% for i in range(1000) %}{% for j in range(1000) %}{% endfor %}"
+    words.chat_template = slow + "{% endfor %}{% endif %}" + CHATML
+    renderer = build_renderer(words, "messages", True)
+    one, two = renderer.encode(
+        [{"messages": MESSAGES}, {"messages": [{**MESSAGES[0], "content": "slow"}, MESSAGES[1]]}]
+    )
+    assert one.text
+    assert "more than 1,000,000 steps for one conversation" in two.reason
+    monkeypatch.setattr("laras.data.template.MAX_TIME_S", 0.01)
+    monkeypatch.setattr("laras.data.template.MAX_STEPS", 10**9)
+    (late,) = renderer.encode([{"messages": [{**MESSAGES[0], "content": "slow"}, MESSAGES[1]]}])
+    assert "more than 0.01 s for one conversation" in late.reason
+
+
+def test_what_templates_of_models_do_is_within_the_bounds() -> None:
+    words = tokenizer()
+    words.chat_template = (
+        "{% set ns = namespace(last=0, seen=[], text='') %}{% for m in messages %}{% set ns.last = loop.index0 %}"
+        "{% set ns.seen = ns.seen + [m.role] %}{% set ns.text = ns.text ~ m.content[:1] %}{% endfor %}"
+        "{% macro turn(m, first) %}<|im_start|>{{ m['role'] }}\n{{ m['content'] + '<|im_end|>' }}\n{% endmacro %}"
+        "{% for m in messages %}{{ turn(m, loop.first) }}{% if loop.last and loop.length % 2 %}{% endif %}{% endfor %}"
+    )
+    turns = [{"role": ("user", "assistant")[n % 2], "content": f"turn {n} " * 9} for n in range(60)]
+    (encoded,) = build_renderer(words, "messages", True).encode([{"messages": turns}])
+    assert encoded.text == words.apply_chat_template(turns, tokenize=False)
+    assert sum(label != -100 for label in encoded.labels) > 500
 
 
 def test_a_template_that_looks_at_the_objects_sees_nothing_of_python() -> None:

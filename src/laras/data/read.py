@@ -11,18 +11,21 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
 from laras.data.limits import memory_limit
 from laras.errors import DataError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 MAX_LINE_BYTES = 64 * 2**20  # a longer line is no example but a file without line ends
 _BATCH_ROWS = 1_000
 # Parquet files are compressed: a few bytes can stand for any number of rows, and for rows of any size.
 _MOST_DECODED_BYTES = 4 * 2**30  # that decoding a batch may take
-_SLICE_BYTES = 64 * 2**20  # of a batch that become Python's objects at once
+_SLICE_BYTES = 16 * 2**20  # of a batch that become Python's objects at once
 _MOST_ROWS, _MOST_ROWS_PER_BYTE = 10_000_000, 100
 _FREE_BYTES, _MOST_EXPANSION = 2**30, 1_000
 
@@ -252,6 +255,7 @@ def _parquet_rows(path: Path) -> Iterator[SourceRow]:
             while True:
                 with memory_limit(_MOST_DECODED_BYTES):
                     batch = next(batches, None)
+                    batch = batch if batch is None else _without_dictionaries(batch)
                 if batch is None:
                     return
                 decoded += batch.nbytes
@@ -269,12 +273,32 @@ def _parquet_rows(path: Path) -> Iterator[SourceRow]:
         ) from None
 
 
-def _table_rows(batch: Any, before: int) -> Iterator[SourceRow]:
+def _without_dictionaries(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch with every value written out, so that its size is that of its rows."""
+    import pyarrow as pa
+
+    schema = pa.schema([field.with_type(_written_out(field.type)) for field in batch.schema])
+    return batch if schema.equals(batch.schema) else batch.cast(schema)
+
+
+def _written_out(kind: pa.DataType) -> pa.DataType:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(kind):
+        return _written_out(kind.value_type)
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_written_out(field.type)) for field in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_written_out(kind.value_type)))
+    return kind
+
+
+def _table_rows(batch: pa.RecordBatch, before: int) -> Iterator[SourceRow]:
     """Rows of a batch, so many at once as are of moderate size; one that is too large is named."""
     step = max(1, batch.num_rows * _SLICE_BYTES // max(1, batch.nbytes))
     for start in range(0, batch.num_rows, step):
         part = batch.slice(start, step)
-        if part.nbytes <= 2 * _SLICE_BYTES:
+        if part.nbytes <= MAX_LINE_BYTES:
             yield from (SourceRow(before + start + n, row, None) for n, row in enumerate(part.to_pylist(), start=1))
             continue
         for n in range(part.num_rows):
