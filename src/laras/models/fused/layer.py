@@ -88,18 +88,22 @@ class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, layer: FusedLayer, documents: Documents, *adapters: Tensor) -> Tensor:
         kept = layer.checkpoint_kind
-        attended = _attend(layer, hidden_TD, documents)
+        attended: _Attended | None = _attend(layer, hidden_TD, documents)
         layer.qkv.unload()
         layer.o.unload()
-        middle = attended.middle
-        assert middle is not None
-        out = torch.empty_like(middle)
+        assert attended is not None and attended.middle is not None
+        middle = out = attended.middle
+        if kept == "full" and layer.variant.middle_in_place:
+            attended = None
+        else:
+            out = torch.empty_like(middle)
         chunk = hidden_TD.shape[0] if kept == "none" else layer.mlp_chunk
         layer.gate_up.load()
         layer.down.load()
         feed = None
         for rows in _chunks(hidden_TD.shape[0], chunk):
-            feed = _feed(layer, middle[rows], out[rows])
+            part = middle[rows]
+            feed = _feed(layer, part, part if out is middle else out[rows])
             if kept != "none":
                 feed = None
         layer.gate_up.unload()
@@ -118,12 +122,12 @@ class _LayerFunction(torch.autograd.Function):
         tokens, width = hidden.shape
         total = _with_room(gradients[0], layer.spare)
         if attended is None:
-            attended = _attend(layer, hidden, documents)
+            attended = _attend(layer, hidden, documents, whole=not layer.variant.middle_in_chunks)
         sums: list[list[Tensor | None]] = [[None] * len(group.adapters) for group in layer.groups]
         layer.gate_up.load()
         layer.down.load()
         for rows in _chunks(tokens, tokens if feed is not None else layer.mlp_chunk):
-            _feed_backward(layer, attended.middle[rows], total[rows], feed, sums)
+            _feed_backward(layer, _middle(layer, attended, hidden, rows), total[rows], feed, sums)
         del feed
         layer.gate_up.unload()
         layer.down.unload()
@@ -156,7 +160,8 @@ def _heads(layer: FusedLayer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _attend(layer: FusedLayer, hidden: Tensor, documents: Documents) -> _Attended:
+def _attend(layer: FusedLayer, hidden: Tensor, documents: Documents, *, whole: bool = True) -> _Attended:
+    """Attention; unless `whole`, without the hidden states after it, which `_middle` forms."""
     layer.qkv.load()
     layer.o.load()
     buffer = layer.qkv.new_input(hidden)
@@ -170,8 +175,17 @@ def _attend(layer: FusedLayer, hidden: Tensor, documents: Documents) -> _Attende
     out_THC, saved = attention(q, k, v, documents, layer.scale)
     out = out_THC.flatten(1)
     del q, k, v
-    middle, o_ranks = layer.o.add_forward(out, hidden)
+    o_ranks = hidden.new_empty(hidden.shape[0], layer.o.ranks)
+    middle = layer.o.add_forward(out, hidden, o_ranks) if whole else None
     return _Attended(qkv, ranks, out, saved, o_ranks, middle)
+
+
+def _middle(layer: FusedLayer, attended: _Attended, hidden: Tensor, rows: slice) -> Tensor:
+    """Hidden states after attention, for some tokens."""
+    if attended.middle is not None:
+        return attended.middle[rows]
+    assert attended.out is not None
+    return layer.o.add_forward(attended.out[rows], hidden[rows], attended.o_ranks[rows])
 
 
 def _turned(layer: FusedLayer, q: Tensor, k: Tensor, documents: Documents) -> tuple[Tensor, Tensor]:
@@ -199,13 +213,21 @@ def _turned_back(
 
 
 def _feed(layer: FusedLayer, middle: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Writes the feed-forward part's output, `middle` included, into `out`, which may be `middle`."""
     gate_up, ranks = _gate_up(layer, middle)
-    product = layer.down.new_input(middle)
     gate, up = gate_up[:, : layer.width], gate_up[:, layer.width : 2 * layer.width]
+    if layer.variant.product_in_up and layer.checkpoint_kind != "none":
+        product = gate_up[:, layer.width : 2 * layer.width + layer.down.ranks]
+    else:
+        product = layer.down.new_input(middle)
     swiglu_(gate, up, product[:, : layer.width], layer.activation)
     a = layer.down.storage[layer.down.outputs :, : layer.width]
     torch.mm(product[:, : layer.width], a.t(), out=product[:, layer.width :])
-    torch.addmm(middle, product, layer.down.storage[: layer.down.outputs].t(), out=out)
+    weight = layer.down.storage[: layer.down.outputs].t()
+    if out is middle:
+        out.addmm_(product, weight)
+    else:
+        torch.addmm(middle, product, weight, out=out)
     if layer.down.bias is not None:
         out.add_(layer.down.bias)
     return gate_up, ranks, product[:, layer.width :].clone()

@@ -126,12 +126,12 @@ class LoraGroup:
         else:
             torch.addmm(self.bias, buffer, weight, out=out)
 
-    def add_forward(self, input_TK: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Output plus residual, and x A^T, of an input that lies outside a buffer."""
-        xa = torch.mm(input_TK, self.storage[self.outputs :, : self.inputs].t())
+    def add_forward(self, input_TK: Tensor, residual: Tensor, xa: Tensor) -> Tensor:
+        """Output plus residual of an input that lies outside a buffer; `xa` (T, R) becomes x A^T."""
+        torch.mm(input_TK, self.storage[self.outputs :, : self.inputs].t(), out=xa)
         out = torch.addmm(residual, input_TK, self.storage[: self.outputs, : self.inputs].t())
         out.addmm_(xa, self.storage[: self.outputs, self.inputs :].t())
-        return out if self.bias is None else out.add_(self.bias), xa
+        return out if self.bias is None else out.add_(self.bias)
 
     def backward(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
         """Gradient to the input, and dy sB, of a gradient in the first N columns of a (T, N + R) buffer."""

@@ -16,10 +16,17 @@ class Variant:
         whole_heads: Attention's backward takes all heads at once where nothing is checkpointed.
         own_halves: Where it takes halves, each has an output and a gradient of its own, for the kernel copies strided
             ones.
+        middle_in_place: Where a layer keeps its input alone, its output takes the place of the hidden states after
+            attention, and what attention left is given back before the feed-forward part.
+        middle_in_chunks: Backward forms those hidden states again a chunk at a time.
+        product_in_up: In a forward that keeps no gate and up, their product takes up's place.
     """
 
     whole_heads: bool = True
     own_halves: bool = True
+    middle_in_place: bool = True
+    middle_in_chunks: bool = True
+    product_in_up: bool = True
 
 
 CHOSEN = Variant()
