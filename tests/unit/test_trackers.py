@@ -17,6 +17,7 @@ import laras.training.run as run_module
 import laras.training.trackers as trackers_module
 import tiny_training as tiny
 from laras.config import RunConfig
+from laras.training.tracker_clients import Described, TensorBoard
 from laras.training.trackers import Trackers, build_trackers
 from tiny_training import SCENARIOS, Scenario, outcome, train
 
@@ -48,6 +49,11 @@ class Broken:
         self._fail("finish")
 
 
+def told(observer: tiny.Recorder) -> list[str]:
+    """What was said about trackers; the machine's memory is not theirs."""
+    return [text for text in observer.warnings if "memory is in use" not in text]
+
+
 @pytest.fixture(scope="module")
 def untracked(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("untracked")
@@ -71,17 +77,17 @@ def test_a_tracker_that_fails_at_any_moment_changes_nothing(
     monkeypatch.setattr(run_module, "build_trackers", lambda *_: Trackers([broken], observer))
     started = time.monotonic()
     train(tmp_path, SCENARIOS["padded"], observer=observer)
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 50  # it would hang for 60
     assert outcome(tmp_path) == untracked
-    (warning,) = observer.warnings  # once
-    assert warning.startswith("broken: off (") and "\n" not in warning
+    assert len(told(observer)) == 1, told(observer)
+    assert told(observer)[0].startswith("broken: off (") and "\n" not in told(observer)[0]
 
 
 def test_the_start_of_all_trackers_together_has_one_limit(short_limits: None) -> None:
     observer = tiny.Recorder()
     trackers = Trackers([Broken("start", hang=True), Broken("start", hang=True), Broken("never")], observer)
     assert trackers.start() < 1.5
-    assert len(observer.warnings) == 2 and all("did not start within 1 s" in text for text in observer.warnings)
+    assert len(told(observer)) == 2 and all("did not start within 1 s" in text for text in told(observer))
 
 
 def test_an_absent_tracker_is_announced_once_and_the_others_work(
@@ -90,7 +96,7 @@ def test_an_absent_tracker_is_announced_once_and_the_others_work(
     monkeypatch.setattr(trackers_module, "find_spec", lambda name: None if name == "trackio" else object())
     observer = tiny.Recorder()
     train(tmp_path, Scenario(8, 1, config={"report_to": ["trackio", "tensorboard"]}), observer=observer)
-    assert observer.warnings == [
+    assert told(observer) == [
         "trackio: off (not installed: pip install 'laras[trackio]'); metrics.jsonl has everything"
     ]
     assert list((tmp_path / "logs" / "tensorboard").iterdir())
@@ -121,12 +127,13 @@ def test_tensorboard_shows_every_finite_metric_once_resumes_included(tmp_path: P
 
 def test_many_sessions_within_a_second_are_read_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "logs" / "tensorboard"
+    described = Described(RunConfig(), tiny.plan(4, 2))
     now = time.time()
     for pid, first_step in enumerate((0, 2, 1, 3, 0)):
         monkeypatch.setattr("os.getpid", lambda pid=pid: 20 - 3 * pid)  # names sort against the order of the sessions
         with monkeypatch.context() as clock:
             clock.setattr("time.time", lambda: now)
-            tracker = trackers_module.TensorBoard(folder, first_step)
+            tracker = TensorBoard(folder, described, first_step)
             tracker.start()
         for step in range(first_step + 1, 5):
             tracker.log({"loss": 10 * pid + step}, step)
@@ -206,17 +213,17 @@ def test_wandb_that_cannot_be_reached_is_offline_within_ten_seconds(
     pytest.importorskip("wandb")
     observer = tiny.Recorder()
     config = RunConfig(report_to=["wandb"])
-    trackers = build_trackers(config, tmp_path / "probe", 0, observer)
+    trackers = build_trackers(config, tiny.plan(4, 2), tmp_path / "probe", 0, observer)
     assert trackers.start() < 10
     trackers.finish()
-    (warning,) = observer.warnings
+    (warning,) = told(observer)
     assert warning.startswith("wandb: offline (") and "wandb sync" in warning
     if wandb_service == "logged out":
         scenario = SCENARIOS["padded"]
         tracked = Scenario(scenario.micro, scenario.accumulation, dropout=0.1, config={"report_to": ["wandb"]})
         observer = tiny.Recorder()
         train(tmp_path / "run", tracked, observer=observer)
-        assert len(observer.warnings) == 1 and "offline" in observer.warnings[0]
+        assert len(told(observer)) == 1 and "offline" in told(observer)[0]
         assert outcome(tmp_path / "run") == untracked
         (written,) = (tmp_path / "run" / "logs" / "wandb").glob("offline-run-*/run-*.wandb")
         assert json.loads((tmp_path / "run" / "logs" / "trackers.json").read_text())["wandb"] in written.name
@@ -236,5 +243,5 @@ def test_trackio_takes_the_metrics_and_prints_nothing_to_standard_output(
     tracked = Scenario(scenario.micro, scenario.accumulation, dropout=0.1, config={"report_to": ["trackio"]})
     train(tmp_path / "run", tracked, observer=observer)
     assert outcome(tmp_path / "run") == untracked
-    assert observer.warnings == []
+    assert told(observer) == []
     assert capsys.readouterr().out == ""

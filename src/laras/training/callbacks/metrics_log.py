@@ -42,7 +42,7 @@ class MetricsLog(TrainerCallback):
         earlier_s = 0.0
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = _lines_until(self.path, state.global_step)
+            kept = lines_until(self.path, state.global_step)
             write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept))
             earlier_s = float(kept[-1].get("time_s") or 0.0) if kept else 0.0
         except OSError as error:
@@ -76,7 +76,7 @@ class MetricsLog(TrainerCallback):
             self._announced = True
 
 
-def _lines_until(path: Path, step: int) -> list[dict[str, Any]]:
+def lines_until(path: Path, step: int) -> list[dict[str, Any]]:
     """The whole lines of the file up to and with `step`; none at step 0, where a run starts afresh."""
     if step == 0 or not path.exists():
         return []
