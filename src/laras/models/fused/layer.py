@@ -30,7 +30,7 @@ from laras.models.fused.kernels import (
     swiglu_,
     swiglu_backward_,
 )
-from laras.models.fused.lora import LoraGroup
+from laras.models.fused.lora import AdapterSums, LoraGroup
 from laras.models.fused.variant import Variant
 
 
@@ -76,8 +76,8 @@ class FusedLayer:
 
 @dataclass
 class _Attended:
-    qkv: Tensor
-    ranks: Tensor  # x A^T of q, k, v
+    qkv: Tensor | None  # None: to be computed again
+    ranks: Tensor | None  # x A^T of q, k, v
     out: Tensor | None  # (T, H C)
     saved: Any
     o_ranks: Tensor
@@ -100,12 +100,10 @@ class _LayerFunction(torch.autograd.Function):
         chunk = hidden_TD.shape[0] if kept == "none" else layer.mlp_chunk
         layer.gate_up.load()
         layer.down.load()
-        feed = None
+        feed: tuple[Tensor, Tensor, Tensor] | None = None
         for rows in _chunks(hidden_TD.shape[0], chunk):
             part = middle[rows]
             feed = _feed(layer, part, part if out is middle else out[rows])
-            if kept != "none":
-                feed = None
         layer.gate_up.unload()
         layer.down.unload()
         del middle
@@ -123,7 +121,10 @@ class _LayerFunction(torch.autograd.Function):
         total = _with_room(gradients[0], layer.spare)
         if attended is None:
             attended = _attend(layer, hidden, documents, whole=not layer.variant.middle_in_chunks)
-        sums: list[list[Tensor | None]] = [[None] * len(group.adapters) for group in layer.groups]
+            if layer.variant.qkv_again and layer.qkv.is_quantized:
+                attended.qkv = attended.ranks = None
+                layer.qkv.unload()
+        sums = [AdapterSums() for _ in layer.groups]
         layer.gate_up.load()
         layer.down.load()
         for rows in _chunks(tokens, tokens if feed is not None else layer.mlp_chunk):
@@ -133,7 +134,8 @@ class _LayerFunction(torch.autograd.Function):
         layer.down.unload()
         attended.middle = None  # the peak is in the attention's backward
         _attend_backward(layer, hidden, attended, total, documents, sums)
-        return total[:, :width], None, None, *[one for group in sums for one in group]
+        found = [one for group, own in zip(layer.groups, sums, strict=True) for one in group.gradients(own)]
+        return total[:, :width], None, None, *found
 
 
 def _with_room(gradient_TD: Tensor, spare: int) -> Tensor:
@@ -164,12 +166,7 @@ def _attend(layer: FusedLayer, hidden: Tensor, documents: Documents, *, whole: b
     """Attention; unless `whole`, without the hidden states after it, which `_middle` forms."""
     layer.qkv.load()
     layer.o.load()
-    buffer = layer.qkv.new_input(hidden)
-    rms_norm_(hidden, layer.input_norm, layer.eps, buffer[:, : layer.qkv.inputs])
-    qkv = hidden.new_empty(hidden.shape[0], layer.qkv.outputs)
-    layer.qkv.forward(buffer, qkv)
-    ranks = buffer[:, layer.qkv.inputs :].clone()
-    del buffer
+    qkv, ranks = _project(layer, hidden)
     q, k, v = _heads(layer, qkv)
     q, k = _turned(layer, q, k, documents)
     out_THC, saved = attention(q, k, v, documents, layer.scale)
@@ -178,6 +175,15 @@ def _attend(layer: FusedLayer, hidden: Tensor, documents: Documents, *, whole: b
     o_ranks = hidden.new_empty(hidden.shape[0], layer.o.ranks)
     middle = layer.o.add_forward(out, hidden, o_ranks) if whole else None
     return _Attended(qkv, ranks, out, saved, o_ranks, middle)
+
+
+def _project(layer: FusedLayer, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """Query, key and value (T, (H + 2 G) C) before `_turned`, and x A^T."""
+    buffer = layer.qkv.new_input(hidden)
+    rms_norm_(hidden, layer.input_norm, layer.eps, buffer[:, : layer.qkv.inputs])
+    qkv = hidden.new_empty(hidden.shape[0], layer.qkv.outputs)
+    layer.qkv.forward(buffer, qkv)
+    return qkv, buffer[:, layer.qkv.inputs :].clone()
 
 
 def _middle(layer: FusedLayer, attended: _Attended, hidden: Tensor, rows: slice) -> Tensor:
@@ -212,11 +218,18 @@ def _turned_back(
     head_norm_backward_(raw, weight, layer.eps, gradient, out)
 
 
-def _feed(layer: FusedLayer, middle: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Writes the feed-forward part's output, `middle` included, into `out`, which may be `middle`."""
-    gate_up, ranks = _gate_up(layer, middle)
+def _feed(layer: FusedLayer, middle: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Writes the feed-forward part's output, `middle` included, into `out`, which may be `middle`.
+
+    Returns:
+        Gate and up, and their and down's x A^T, where nothing is checkpointed.
+    """
+    is_kept = layer.checkpoint_kind == "none"
+    gate_up, view = _gate_up(layer, middle)
+    ranks = view.clone() if is_kept else None
+    del view
     gate, up = gate_up[:, : layer.width], gate_up[:, layer.width : 2 * layer.width]
-    if layer.variant.product_in_up and layer.checkpoint_kind != "none":
+    if layer.variant.product_in_up and not is_kept:
         product = gate_up[:, layer.width : 2 * layer.width + layer.down.ranks]
     else:
         product = layer.down.new_input(middle)
@@ -230,24 +243,32 @@ def _feed(layer: FusedLayer, middle: Tensor, out: Tensor) -> tuple[Tensor, Tenso
         torch.addmm(middle, product, weight, out=out)
     if layer.down.bias is not None:
         out.add_(layer.down.bias)
-    return gate_up, ranks, product[:, layer.width :].clone()
+    return (gate_up, ranks, product[:, layer.width :].clone()) if ranks is not None else None
 
 
 def _gate_up(layer: FusedLayer, middle: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate and up in a buffer with room for `dy sB`, and x A^T."""
+    """Gate and up in a buffer with room for `dy sB`, and x A^T as a view of a buffer that a clone outlives."""
     buffer = layer.gate_up.new_input(middle)
     rms_norm_(middle, layer.middle_norm, layer.eps, buffer[:, : layer.gate_up.inputs])
     gate_up = middle.new_empty(middle.shape[0], layer.gate_up.outputs + layer.gate_up.ranks)
     layer.gate_up.forward(buffer, gate_up[:, : layer.gate_up.outputs])
-    return gate_up, buffer[:, layer.gate_up.inputs :].clone()
+    return gate_up, buffer[:, layer.gate_up.inputs :]
 
 
 def _feed_backward(
-    layer: FusedLayer, middle: Tensor, total: Tensor, feed: tuple[Tensor, Tensor, Tensor] | None, sums: list[Any]
+    layer: FusedLayer,
+    middle: Tensor,
+    total: Tensor,
+    feed: tuple[Tensor, Tensor, Tensor] | None,
+    sums: list[AdapterSums],
 ) -> None:
     """Adds the feed-forward part's gradient to `total` (rows of a chunk, D + spare columns)."""
     hidden = middle.shape[1]
-    gate_up, ranks = (feed[0], feed[1]) if feed is not None else _gate_up(layer, middle)
+    if feed is not None:
+        gate_up, ranks = feed[:2]
+    else:
+        gate_up, ranks = _gate_up(layer, middle)
+        ranks = ranks.clone()
     product, dyb = layer.down.backward(total[:, : hidden + layer.down.ranks])
     gate, up = gate_up[:, : layer.width], gate_up[:, layer.width : 2 * layer.width]
     swiglu_backward_(gate, up, product, layer.activation)
@@ -262,7 +283,7 @@ def _feed_backward(
 
 
 def _attend_backward(
-    layer: FusedLayer, hidden: Tensor, attended: _Attended, total: Tensor, documents: Documents, sums: list[Any]
+    layer: FusedLayer, hidden: Tensor, attended: _Attended, total: Tensor, documents: Documents, sums: list[AdapterSums]
 ) -> None:
     width = hidden.shape[1]
     layer.qkv.load()
@@ -271,8 +292,13 @@ def _attend_backward(
     dyb = layer.o.rank_gradient(o_gradient)
     assert attended.out is not None
     layer.o.add_gradients(sums[1], attended.out, attended.o_ranks, total[:, :width], dyb)
+    qkv, ranks = attended.qkv, attended.ranks
+    if qkv is None or ranks is None:
+        qkv, ranks = _project(layer, hidden)
+        if layer.query_norm is None:
+            _turned(layer, *_heads(layer, qkv)[:2], documents)
     buffer = hidden.new_empty(hidden.shape[0], layer.qkv.outputs + layer.qkv.ranks)
-    sources, targets = _heads(layer, attended.qkv), _heads(layer, buffer)
+    sources, targets = _heads(layer, qkv), _heads(layer, buffer)
     for few, many, out_THC, gradient_THC in _parts(layer, attended, o_gradient):
         raw_q, raw_k, v = sources[0][:, many], sources[1][:, few], sources[2][:, few]
         q, k = (raw_q, raw_k) if layer.query_norm is None else _turned(layer, raw_q, raw_k, documents)
@@ -289,7 +315,7 @@ def _attend_backward(
     gradient, dyb = layer.qkv.backward(buffer)
     layer.qkv.unload()
     rms_norm_backward_(hidden, layer.input_norm, layer.eps, gradient, total[:, :width], gradient)
-    layer.qkv.add_gradients(sums[0], gradient, attended.ranks, buffer[:, : layer.qkv.outputs], dyb)
+    layer.qkv.add_gradients(sums[0], gradient, ranks, buffer[:, : layer.qkv.outputs], dyb)
 
 
 def _parts(layer: FusedLayer, attended: _Attended, o_gradient: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:

@@ -15,10 +15,13 @@ up to 16.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from laras.models.fused import variant
 
 ADAPTER = "default"
 
@@ -32,7 +35,7 @@ class LoraGroup:
     """
 
     def __init__(self, layers: Sequence[Any], dtype: torch.dtype) -> None:
-        self.layers = list(layers)
+        self.layers, self.variant = list(layers), variant.CHOSEN
         bases = [layer.get_base_layer() for layer in layers]
         self.adapters: list[nn.Parameter] = []
         for layer in layers:
@@ -64,6 +67,11 @@ class LoraGroup:
                     view.copy_(base.weight)
                     base.weight.data = view
 
+    @property
+    def is_quantized(self) -> bool:
+        """The weights are 4-bit ones, which `load` unpacks."""
+        return self._is_quantized
+
     def _rows(self) -> list[slice]:
         return [slice(a, b) for a, b in zip(self.row_starts, self.row_starts[1:], strict=False)]
 
@@ -78,9 +86,9 @@ class LoraGroup:
             return
         self._versions = versions
         with torch.no_grad():
-            for index, (layer, rows, ranks) in enumerate(zip(self.layers, self._rows(), self._ranks(), strict=True)):
+            for index, (rows, ranks) in enumerate(zip(self._rows(), self._ranks(), strict=True)):
                 a, b = self.adapters[2 * index], self.adapters[2 * index + 1]
-                scale = float(layer.scaling[ADAPTER])
+                scale = self._scale(index)
                 if self._is_quantized:
                     self._factors[ranks, : self.inputs].copy_(a)
                     self._factors[ranks, self.inputs :][:, rows].copy_((b * scale).t())
@@ -148,15 +156,41 @@ class LoraGroup:
         """Gradient to some columns of the input, of such a buffer whose last columns are filled."""
         return torch.mm(buffer, self.storage[:, : self.inputs][:, columns])
 
-    def add_gradients(self, total: list[Tensor | None], x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor) -> None:
-        """Adds the gradients of the adapters, in float32 and in the order of `adapters`, to `total`."""
+    def add_gradients(self, sums: AdapterSums, x: Tensor, xa: Tensor, dy: Tensor, dyb: Tensor) -> None:
+        """Adds some tokens' part of the adapters' gradients."""
+        if self.variant.grouped_sums:
+            sums.add(0, _product(dyb, x))
+            sums.add(1, _product(dy, xa))
+            return
         below = _product(dyb, x)
         for index, (rows, ranks) in enumerate(zip(self._rows(), self._ranks(), strict=True)):
-            scale = float(self.layers[index].scaling[ADAPTER])
-            parts = (below[ranks], _product(dy[:, rows], xa[:, ranks]).mul_(scale))
-            for place, part in zip((2 * index, 2 * index + 1), parts, strict=True):
-                old = total[place]
-                total[place] = part if old is None else old.add_(part)
+            sums.add(2 * index, below[ranks])
+            sums.add(2 * index + 1, _product(dy[:, rows], xa[:, ranks]).mul_(self._scale(index)))
+
+    def gradients(self, sums: AdapterSums) -> list[Tensor | None]:
+        """The adapters' gradients, in float32 and in the order of `adapters`."""
+        if not self.variant.grouped_sums:
+            return [sums.parts.get(index) for index in range(len(self.adapters))]
+        below, beside = sums.parts.pop(0), sums.parts.pop(1)
+        found: list[Tensor | None] = []
+        for index, (rows, ranks) in enumerate(zip(self._rows(), self._ranks(), strict=True)):
+            found += [below[ranks], beside[rows, ranks] * self._scale(index)]
+        return found
+
+    def _scale(self, index: int) -> float:
+        return float(self.layers[index].scaling[ADAPTER])
+
+
+@dataclass
+class AdapterSums:
+    """Sums over chunks of tokens, in float32."""
+
+    parts: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, place: int, part: Tensor) -> None:
+        """Adds one tensor; the first of a place is kept."""
+        old = self.parts.get(place)
+        self.parts[place] = part if old is None else old.add_(part)
 
 
 def _product(left_TM: Tensor, right_TN: Tensor) -> Tensor:

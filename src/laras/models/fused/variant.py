@@ -19,14 +19,20 @@ class Variant:
         middle_in_place: Where a layer keeps its input alone, its output takes the place of the hidden states after
             attention, and what attention left is given back before the feed-forward part.
         middle_in_chunks: Backward forms those hidden states again a chunk at a time.
+        qkv_again: With 4-bit weights, backward gives query, key and value back after attention's recomputation, and
+            computes them again for its gradient: a product more, so that the feed-forward part, where unpacked weights
+            weigh most, holds less.
         product_in_up: In a forward that keeps no gate and up, their product takes up's place.
+        grouped_sums: The gradients of a group's adapters are summed as two tensors and scaled once, at the end.
     """
 
     whole_heads: bool = True
     own_halves: bool = True
     middle_in_place: bool = True
     middle_in_chunks: bool = True
+    qkv_again: bool = True
     product_in_up: bool = True
+    grouped_sums: bool = True
 
 
 CHOSEN = Variant()
