@@ -178,6 +178,31 @@ def test_every_variant_gives_the_same(folders, expected, monkeypatch, flag, kind
         same(step(model, packed(rows())), expected(name))
 
 
+@pytest.fixture(scope="module")
+def wide_folder(tmp_path_factory):
+    """Of a size that 4-bit blocks divide."""
+    found = {}
+    wide = {**SIZES, "hidden_size": 64, "intermediate_size": 192}
+    for name, config in (("qwen3", Qwen3Config(**wide, head_dim=16)), ("phi3", Phi3Config(**wide, pad_token_id=0))):
+        torch.manual_seed(0)
+        found[name] = str(tmp_path_factory.mktemp("wide"))
+        AutoModelForCausalLM.from_config(config).save_pretrained(found[name])
+    return found
+
+
+@pytest.mark.parametrize("name", ["qwen3", "phi3"])
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_4bit_layers_give_the_loss_and_gradient_of_bitsandbytes_own(wide_folder, name, kind):
+    pytest.importorskip("bitsandbytes")
+    plain = built(wide_folder[name], packing=False, fused_layers=False, loss_kind="full", load_in_4bit=True)
+    expected = step(plain, PadCollator(0)(rows()))
+    model = built(wide_folder[name], gradient_checkpointing=kind != "none", checkpoint_kind=kind, load_in_4bit=True)
+    fused = model.laras_path.fused
+    assert fused.layers[0].qkv.is_quantized
+    same(step(model, packed(rows())), expected)
+    assert all(group.storage.numel() == 0 for layer in fused.layers for group in layer.groups)
+
+
 @pytest.mark.parametrize("name", PLAIN)
 def test_what_the_layers_do_not_follow_stays_plain_and_planning_knows_it(tmp_path, name):
     config, reason = PLAIN[name]

@@ -54,6 +54,8 @@ class LoraGroup:
             self.bias = torch.cat(
                 [torch.zeros(o.out_features, dtype=dtype, device=device) if b is None else b.data for b, o in parts]
             )
+        states = [base.weight.quant_state for base in bases] if self._is_quantized else []
+        self._in_one_launch = self.variant.unpack_kernel and self._is_quantized and _kernel_takes(states, self.inputs)
         shape = (self.outputs + self.ranks, self.inputs + self.ranks)
         self._shape, self._nothing = shape, torch.empty(0, dtype=dtype, device=device)
         with torch.no_grad():
@@ -106,10 +108,17 @@ class LoraGroup:
         if not self._is_quantized or self.storage is not self._nothing:
             return
         self.storage = self._nothing.new_empty(self._shape)
+        weights = [layer.get_base_layer().weight for layer in self.layers]
+        if self._in_one_launch:
+            if not self.storage.is_meta:
+                from laras.models.fused.triton_nf4 import unpack_
+
+                states = [weight.quant_state for weight in weights]
+                unpack_([weight.data for weight in weights], states, self.row_starts, self._factors, self.storage)
+            return
         from bitsandbytes.functional import dequantize_4bit
 
-        for layer, rows in zip(self.layers, self._rows(), strict=True):
-            weight = layer.get_base_layer().weight
+        for weight, rows in zip(weights, self._rows(), strict=True):
             self.storage[rows, : self.inputs].copy_(dequantize_4bit(weight.data, weight.quant_state))
         self.storage[self.outputs :, : self.inputs].copy_(self._factors[:, : self.inputs])
         self.storage[: self.outputs, self.inputs :].copy_(self._factors[:, self.inputs :].t())
@@ -191,6 +200,17 @@ class AdapterSums:
         """Adds one tensor; the first of a place is kept."""
         old = self.parts.get(place)
         self.parts[place] = part if old is None else old.add_(part)
+
+
+def _kernel_takes(states: Sequence[Any], inputs: int) -> bool:
+    """Whether one launch unpacks weights of these quantisation states; on meta tensors, as on a GPU."""
+    if states[0].absmax.is_meta:
+        return True
+    if not states[0].absmax.is_cuda:
+        return False
+    from laras.models.fused.triton_nf4 import unpack_refusal
+
+    return unpack_refusal(states, inputs) is None
 
 
 def _product(left_TM: Tensor, right_TN: Tensor) -> Tensor:
