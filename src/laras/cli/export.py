@@ -54,13 +54,14 @@ def export_command(
                 "format": done.format,
                 "max_logit_difference": done.max_logit_difference,
                 "tolerance": done.tolerance,
+                "compared_with": done.compared_with,
                 "url": done.url,
             }
         )
         return
     if done.max_logit_difference is not None:
         typer.echo(
-            f"greatest difference of a logit to the adapter model: {done.max_logit_difference:.3g} "
+            f"greatest difference of a logit to {done.compared_with}: {done.max_logit_difference:.3g} "
             f"(tolerance {done.tolerance:.3g})",
             err=True,
         )

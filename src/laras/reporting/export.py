@@ -20,12 +20,20 @@ from laras.models.builtin import HUB_ID
 from laras.models.loader import load_model, load_model_config
 from laras.progress import Observer
 from laras.records import Precision
-from laras.reporting.gguf_file import Quantization, require_family, rope_parameters, write_gguf
+from laras.reporting.gguf_file import (
+    Quantization,
+    has_experts,
+    is_described_whole,
+    require_family,
+    round_as_stored,
+    write_gguf,
+)
 from laras.reporting.model_card import model_card
 from laras.reporting.run_data import RunData, load_run_data
 
 Format = Literal["adapter", "merged", "gguf", "ollama"]
 GGUF_NAME = "model.gguf"
+ADAPTER_MODEL, ROUNDED_MODEL = "the adapter model", "the model with its weights rounded as stored"
 # Greatest difference allowed between the logits of two forms of one model, as a share of the greatest logit: rounding
 # of the stored weights (8, 11 and 24 bits of mantissa; 8-bit blocks) and of the arithmetic.
 _TOLERANCES: dict[str, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 6e-2, "f16": 1e-2, "q8_0": 6e-2}
@@ -43,9 +51,10 @@ class Export:
     Attributes:
         path: The folder.
         format: As asked.
-        max_logit_difference: Greatest difference to the adapter's logits; None for a plain copy.
+        max_logit_difference: Greatest difference of a logit; None for a plain copy.
         tolerance: What it was allowed to be.
         url: Where it was pushed to.
+        compared_with: Whose logits they are compared with.
     """
 
     path: Path
@@ -53,6 +62,16 @@ class Export:
     max_logit_difference: float | None
     tolerance: float | None
     url: str | None = None
+    compared_with: str = ADAPTER_MODEL
+
+
+@dataclass(frozen=True)
+class _Check:
+    """How far the logits of a result are from those of a reference."""
+
+    difference: float | None = None
+    tolerance: float | None = None
+    reference: str = ADAPTER_MODEL
 
 
 def export_run(
@@ -90,13 +109,13 @@ def export_run(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        difference, tolerance = _write(run, format, aside, quantization, observer)
+        check = _write(run, format, aside, quantization, observer)
         (aside / "README.md").write_text(model_card(run, format, base_id(run), quantization), encoding="utf-8")
         aside.rename(target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     url = _push(target, push, observer) if push is not None else None
-    return Export(target, format, difference, tolerance, url)
+    return Export(target, format, check.difference, check.tolerance, url, check.reference)
 
 
 def base_id(run: RunData) -> str:
@@ -114,19 +133,17 @@ def _require_finished(run: RunData) -> None:
         )
 
 
-def _write(
-    run: RunData, format: Format, folder: Path, quantization: Quantization, observer: Observer
-) -> tuple[float | None, float | None]:
+def _write(run: RunData, format: Format, folder: Path, quantization: Quantization, observer: Observer) -> _Check:
     assert run.plan is not None
     final, full = run.path / "final", run.plan.choices.finetuning_type == "full"
     if format == "adapter":
         if full:
             raise ConfigError("full fine-tuning has no adapter to export", hint="use --format merged")
         _copy_adapter(run, final, folder)
-        return None, None
+        return _Check()
     if format == "merged" and full:
         _copy_files(final, folder)
-        return None, None
+        return _Check()
     observer.stage_started("loading the model in its own precision")
     model, reference_TV = (_load_full(final), None) if full else _merge(run, final)
     tokenizer = AutoTokenizer.from_pretrained(final)
@@ -146,6 +163,10 @@ def _write(
     if format == "ollama":
         (folder / "Modelfile").write_text(modelfile(tokenizer, run), encoding="utf-8")
     observer.stage_started("checking the result")
+    if has_experts(model.config):  # any rounding may change which experts are chosen, and so the logits by any amount
+        model.float()  # type: ignore[no-untyped-call]
+        round_as_stored(model, quantization)
+        return _verify(_load_gguf(folder, model), probe, _logits(model, probe), "fp32", ROUNDED_MODEL)
     return _verify(_load_gguf(folder, model), probe, expected_TV, quantization)
 
 
@@ -213,23 +234,27 @@ def _logits(model: Any, probe: list[list[int]]) -> torch.Tensor:
 
 
 def _verify(
-    model: Any, probe: list[list[int]], expected_TV: torch.Tensor, precision: Precision | Quantization
-) -> tuple[float, float]:
+    model: Any,
+    probe: list[list[int]],
+    expected_TV: torch.Tensor,
+    precision: Precision | Quantization,
+    reference: str = ADAPTER_MODEL,
+) -> _Check:
     found_TV = _logits(model.eval(), probe)
     tolerance = _TOLERANCES[precision] * max(1.0, float(expected_TV.abs().max()))
     difference = float((found_TV - expected_TV).abs().max()) if found_TV.shape == expected_TV.shape else float("inf")
     if not difference <= tolerance:
         raise CheckpointError(
-            f"the exported model differs from the adapter by {difference:.4g} in a logit; at most {tolerance:.4g} is "
+            f"the exported model differs from {reference} by {difference:.4g} in a logit; at most {tolerance:.4g} is "
             "rounding",
             hint="nothing was left behind; please report this with the model's name",
         )
-    return difference, tolerance
+    return _Check(difference, tolerance, reference)
 
 
 def _load_gguf(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
-    """The file as transformers reads it; its reader knows no scaling of rotary embeddings, so that is given to it."""
-    config: Any = model.config if rope_parameters(model.config).get("rope_type") == "llama3" else None
+    """The file as transformers reads it; what its reader does not look for in the file is given to it."""
+    config: Any = None if is_described_whole(model.config) else model.config
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=GGUF_NAME, dtype=torch.float32, **({"config": config} if config is not None else {})
     )
