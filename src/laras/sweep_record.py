@@ -41,7 +41,7 @@ class SweepTrial(Value):
     status: TrialStatus
     values: dict[str, Setting]
     eval_loss: float | None  # lowest validation loss, of a pruned trial until then
-    best_step: int | None
+    best_step: int | None  # of a finished trial
     steps: int | None
     reason: str | None  # why it was pruned or failed
     result_digest: str | None  # of the run's result record

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from laras.records import EvalResult
     from laras.sweeping.outcome import SweepOutcome
 
+_WHOLE_NAMES = 3
 _UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 _PART = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d)")
 
@@ -131,13 +132,14 @@ def _show_trials(outcome: SweepOutcome, console: Console) -> None:
     from laras.sweeping.space import setting_text
 
     record = outcome.record
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(title="Validation loss", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("trial", no_wrap=True)
     table.add_column("status", no_wrap=True)
-    for name in ("validation loss", "best step"):
+    for name in ("loss", "at step"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for parameter in record.space:  # of long names, several would not fit beside each other
+        name = parameter.name.replace("_", "_\n") if len(record.space) > _WHOLE_NAMES else parameter.name
         table.add_column(name, justify="right", overflow="fold")
-    for parameter in record.space:
-        table.add_column(parameter.name, justify="right", overflow="fold")
     for trial in record.trials:
         best = trial.number == record.best
         table.add_row(

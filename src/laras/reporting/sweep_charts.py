@@ -141,7 +141,11 @@ def _best_until(finished: Sequence[SweepTrial], last: int) -> tuple[list[int], l
 
 def _scatter(axis: Axes, points: Sequence[tuple[float, SweepTrial]]) -> None:
     for status, (marker, color, filled) in _MARKS.items():
-        chosen = [(place, trial.eval_loss) for place, trial in points if trial.status == status]
+        chosen = [
+            (place, trial.eval_loss)
+            for place, trial in points
+            if trial.status == status and trial.eval_loss is not None
+        ]
         if chosen:
             axis.plot(
                 [place for place, _ in chosen], [loss for _, loss in chosen], marker, color=color, markersize=7,

@@ -61,7 +61,7 @@ def trial_record(sweep_dir: Path, frozen: FrozenTrial, pruned_at: int | None, re
         status=status,
         values=dict(frozen.params),
         eval_loss=frozen.value if status == "finished" else best.eval_loss if best else _finite(lowest),
-        best_step=best.step if best else None,
+        best_step=best.step if best and status == "finished" else None,
         steps=pruned_at if status == "pruned" else steps,
         reason=reason,
         result_digest=result.digest() if result is not None and status != "running" else None,

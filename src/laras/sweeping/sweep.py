@@ -18,7 +18,7 @@ from laras.progress import Observer
 from laras.records import PlanChoices, SplitManifest, digest_of, write_atomically
 from laras.rundir import CONFIG_NAME, GIVEN_CONFIG_NAME, RunDir, hold, short_model_name
 from laras.sweep_record import BASE_CONFIG_NAME, STUDY_NAME, SweepParameter, SweepRecord, is_sweep, trial_dir
-from laras.sweeping.outcome import SweepOutcome, best_of, optimism, trial_record, values_text, write_best_config
+from laras.sweeping.outcome import SweepOutcome, best_of, trial_record, values_text, write_best_config
 from laras.sweeping.space import Search, as_configured, default_space, describe, parse_search
 from laras.sweeping.study import Study, StudyTrial, pruned_step_of, reason_of, require_optuna
 from laras.sweeping.trial import TIME_LIMIT, Trials, other_split
@@ -204,7 +204,6 @@ class _Sweep:
             )
         self._save("finished", final=best)
         write_best_config(self.sweep_dir, self.config, self.record)
-        self.observer.message(optimism(len(self.record.trials)))
         outcome = SweepOutcome(self.sweep_dir, self.record)
         self._write_report()
         return outcome

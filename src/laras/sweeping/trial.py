@@ -6,7 +6,7 @@ import gc
 import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from laras import pipeline
@@ -35,6 +35,7 @@ class Trials:
     observer: Observer
     stop: StopRequest
     deadline_s: float | None  # of `time.monotonic`
+    said: set[str] = field(default_factory=set)  # every trial has the same data to speak of
 
     def config_of(self, trial: StudyTrial) -> RunConfig:
         """The configuration of a trial's run.
@@ -135,12 +136,14 @@ class _Watcher(Observer):
         self._watch_clock()
 
     def message(self, text: str) -> None:
-        """See `Observer`."""
-        self._inner.message(text)
+        """See `Observer`; said once a sweep."""
+        if self._is_new(text):
+            self._inner.message(text)
 
     def warning(self, text: str) -> None:
-        """See `Observer`."""
-        self._inner.warning(text)
+        """See `Observer`; said once a sweep."""
+        if self._is_new(text):
+            self._inner.warning(text)
 
     def training_started(self, plan: TrainPlan, first_step: int) -> None:
         """See `Observer`."""
@@ -162,7 +165,7 @@ class _Watcher(Observer):
             report.patience is not None and report.evaluations_without_improvement >= report.patience
         )
         if not ends_itself and self._trial.should_prune():
-            reason = f"its lowest validation loss was above the median of the finished trials at step {report.step}"
+            reason = f"above the median of the finished trials at step {report.step}"
             self._trial.note_pruned(report.step, reason)
             self._stop.ask("the sweep, which prunes this trial,")
 
@@ -170,6 +173,11 @@ class _Watcher(Observer):
         """See `Observer`."""
         if self._trial.pruned_at is None:  # said by the sweep in its own words
             self._inner.training_finished(status)
+
+    def _is_new(self, text: str) -> bool:
+        is_new = text not in self._trials.said
+        self._trials.said.add(text)
+        return is_new
 
     def _watch_clock(self) -> None:
         if self._trials.deadline_s is not None and time.monotonic() >= self._trials.deadline_s:
