@@ -236,6 +236,7 @@ class MemoryEstimate(Value):
     components: dict[str, int]
     peak_moment: str
     method: Literal["closed-form", "simulation"]
+    process_bytes: int = 0  # what a process holds on the device: reserved, CUDA context, paged states; 0: unknown
 
 
 class TimeEstimate(Value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -26,14 +27,16 @@ _PASSES = {"swiglu_backward_": 2, "cross_entropy_": 3}
 # ------------------------------------------------------------ the optimizer
 
 
-def record_states(recorder: Recorder, trained: list[tuple[int, nn.Parameter]], optim: str) -> None:
-    """States that live on the device through the step; paged ones live in host memory."""
+def record_states(recorder: Recorder, trained: list[tuple[int, nn.Parameter]], optim: str) -> dict[int, int]:
+    """States that live on the device through the step; bytes of each layer's paged ones, outside the allocator."""
+    paged: dict[int, int] = defaultdict(int)
     for layer, parameter in trained:
         recorder.begin("states", 0, layer)
         count = parameter.numel()
         if optim.endswith("8bit") and count >= _MIN_8BIT_ELEMENTS:
             if optim.startswith("paged") and count >= _MIN_PAGED_ELEMENTS:
                 sizes = [4 * -(-count // 256)] * 2
+                paged[layer] += 2 * count
             else:
                 sizes = [count, count, 4 * -(-count // 256), 4 * -(-count // 256)]
         elif optim.endswith("8bit"):
@@ -44,6 +47,7 @@ def record_states(recorder: Recorder, trained: list[tuple[int, nn.Parameter]], o
                 sizes = sizes[1:]  # the step's counter stays on the host
         for size in sizes:
             recorder.request(size)
+    return dict(paged)
 
 
 def record_optimizer(

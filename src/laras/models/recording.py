@@ -8,7 +8,7 @@ depends on data (which tokens carry loss) is taken at its largest.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -138,14 +138,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _leaving(self, number: int, is_last: bool) -> Callable[..., None]:
         return lambda module, inputs, output: self.left(number, output, is_last=is_last)
 
-    def trace(self, notes: tuple[str, ...] = ()) -> StepTrace:
-        """What was recorded."""
+    def trace(self, paged: Mapping[int, int]) -> StepTrace:
+        """What was recorded, and the bytes of each layer's paged optimizer states."""
         segments = [
             Segment(*key, tuple(events), counter.total())
             for key, events, counter in self._segments
             if events or counter.is_used
         ]
-        return StepTrace(len(self._layers), tuple(segments), notes)
+        return StepTrace(len(self._layers), tuple(segments), tuple(sorted(paged.items())))
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

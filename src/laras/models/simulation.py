@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -76,6 +77,7 @@ def _record(
 ) -> StepTrace:
     from laras.models.step import eager_step, path_of, target_losses
 
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at every product
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         _write_shallow_config(config.model_name_or_path, config.model_revision, Path(folder), layers)
@@ -92,7 +94,7 @@ def _record(
     _record_static(recorder, model, owner)
     trained = _trained(model, owner)
     fused = path_of(model).fused
-    record_states(recorder, trained, choices.optim)
+    paged = record_states(recorder, trained, choices.optim)
     step = eager_step(model)
     with ExitStack() as stack:
         stack.enter_context(kernels_of(hardware, recorder))
@@ -122,7 +124,7 @@ def _record(
             recorder.stop_watching()
             recorder.begin("evaluation", 2)
             del losses
-    return recorder.trace()
+    return recorder.trace(paged)
 
 
 @contextmanager

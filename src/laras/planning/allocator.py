@@ -157,27 +157,38 @@ class Replay:
         peak_allocated_bytes: As `torch.cuda.max_memory_allocated` counts; up to the failure where there was one.
         peak_reserved_bytes: As `torch.cuda.max_memory_reserved` counts.
         retries: How often unused segments had to be returned to make room; each costs time.
+        allocated_at_first_bytes: Peak of the allocated bytes before the event that `first` names; of all without.
     """
 
     fits: bool
     peak_allocated_bytes: int
     peak_reserved_bytes: int
     retries: int
+    allocated_at_first_bytes: int = 0
 
 
-def replay(events: Iterable[int], capacity_bytes: int | None = None, *, released_at: int | None = None) -> Replay:
+def replay(
+    events: Iterable[int],
+    capacity_bytes: int | None = None,
+    *,
+    released_at: int | None = None,
+    first: int | None = None,
+) -> Replay:
     """Runs a sequence of requests through the allocator.
 
     Args:
         events: `n > 0` allocates n bytes; `-i` frees the i-th allocation, counted from 1.
         capacity_bytes: Most that may be reserved; None is unlimited.
         released_at: Unused segments are returned, and peaks begin again, before the event of this number.
+        first: So many events are looked at by themselves too.
     """
     allocator = CachingAllocator(capacity_bytes)
     addresses: list[int] = []
-    fits = True
+    fits, at_first = True, None
     try:
         for number, event in enumerate(events):
+            if number == first:
+                at_first = allocator.peak_allocated_bytes
             if number == released_at:
                 allocator.release_unused()
                 allocator.peak_allocated_bytes = allocator.allocated_bytes
@@ -188,4 +199,5 @@ def replay(events: Iterable[int], capacity_bytes: int | None = None, *, released
                 allocator.free(addresses[-event - 1])
     except CapacityExceeded:
         fits = False
-    return Replay(fits, allocator.peak_allocated_bytes, allocator.peak_reserved_bytes, allocator.retries)
+    allocated, reserved = allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
+    return Replay(fits, allocated, reserved, allocator.retries, allocated if at_first is None else at_first)

@@ -20,7 +20,7 @@ _CLOSED_FORM_MARGIN = 0.10
 _HOPELESS = 2.0  # times the budget, in closed form: nothing is simulated, since a step of any length could be asked for
 _MOST_SIMULATIONS = 6
 # Candidates that fit are compared by their simulated steps while the closed form sees them this close to the first.
-_MOST_CONTENDERS, _CONTENDER_SHARE = 3, 0.93
+_MOST_CONTENDERS, _CONTENDER_SHARE = 2, 0.93
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import platformdirs
 from laras import __version__
 from laras.config import RunConfig
 from laras.planning.allocator import replay
-from laras.planning.memory import workspace_bytes
+from laras.planning.memory import context_bytes, workspace_bytes
 from laras.planning.trace import StepTrace
 from laras.planning.work import Work
 from laras.records import HardwareSpec, MemoryEstimate, ModelSpec, PlanChoices, digest_of, write_atomically
@@ -22,7 +22,7 @@ from laras.records import HardwareSpec, MemoryEstimate, ModelSpec, PlanChoices, 
 Simulate = Callable[[RunConfig, PlanChoices, int, HardwareSpec, int | None], StepTrace]
 """As `laras.models.simulation.trace_step`; the pipeline hands it in."""
 
-_LAYOUT = 2  # raised whenever what a trace means changes
+_LAYOUT = 3  # raised whenever what a trace means changes
 _TRAINING = ("weights", "states", "batch", "forward", "loss", "backward", "end", "optimizer", "release")
 _MOMENTS = {"loss": "loss", "backward": "backward of a layer", "forward": "forward", "optimizer": "optimizer step"}
 
@@ -65,11 +65,12 @@ def simulated_step(
     moment = max(train, key=lambda kind: train[kind])
     weights, states = peaks.get("weights", 0), peaks.get("states", 0)
     capacity = max(1, budget_bytes - workspace)
-    result = replay(training.events, capacity)
+    evaluation_at = len(training.until("evaluation"))
+    result = replay(training.events, capacity, first=evaluation_at)
     fits = result.fits
     if not fits:
-        result = replay(training.events)
-    peak = replay(whole.until("evaluation")).peak_allocated_bytes + workspace
+        result = replay(training.events, first=evaluation_at)
+    peak = result.allocated_at_first_bytes + workspace
     static = max(weights, states)
     components = {
         "weights": weights,
@@ -87,6 +88,7 @@ def simulated_step(
         components=components,
         peak_moment=_MOMENTS.get(moment, moment),
         method="simulation",
+        process_bytes=result.peak_reserved_bytes + workspace + context_bytes(hardware) + trace.paged_bytes(spec.layers),
     )
     return SimulatedStep(estimate, fits, trace.work(spec.layers))
 

@@ -96,12 +96,13 @@ class StepTrace:
     Attributes:
         layers: Depth at which it was recorded.
         segments: In the order of time.
-        notes: What was assumed or approximated; shown with the plan.
+        paged: Bytes of each layer's paged optimizer states (-1: of none); the driver moves them between the device and
+            the host, outside the allocator.
     """
 
     layers: int
     segments: tuple[Segment, ...]
-    notes: tuple[str, ...] = field(default=())
+    paged: tuple[tuple[int, int], ...] = ()
 
     def why_not_uniform(self) -> str | None:
         """Why the middle layer cannot stand for others; None when it can."""
@@ -147,10 +148,15 @@ class StepTrace:
                 found[part.kind] = found[part.kind].plus(part.work, times)
         return dict(found)
 
+    def paged_bytes(self, layers: int) -> int:
+        """Of all paged optimizer states, at full depth."""
+        copies = layers - TRACED_LAYERS + 1 if layers != self.layers else 1
+        return sum(size * (copies if layer == _MIDDLE else 1) for layer, size in self.paged)
+
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the cache."""
         rows = [[part.kind, part.index, part.layer, list(part.events), part.work.to_json()] for part in self.segments]
-        return {"layers": self.layers, "segments": rows, "notes": list(self.notes)}
+        return {"layers": self.layers, "segments": rows, "paged": [list(one) for one in self.paged]}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> StepTrace:
@@ -159,7 +165,7 @@ class StepTrace:
             Segment(kind, index, layer, tuple(events), Work.from_json(work))
             for kind, index, layer, events, work in values["segments"]
         )
-        return cls(values["layers"], segments, tuple(values["notes"]))
+        return cls(values["layers"], segments, tuple((layer, size) for layer, size in values["paged"]))
 
     def _joined(self) -> Unrolled:
         events: list[int] = []
