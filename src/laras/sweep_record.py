@@ -14,6 +14,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from laras.errors import RunStateError
 from laras.records import Record, Value
 
 TRIALS_FOLDER = "trials"
@@ -75,3 +76,19 @@ def sweep_of(run_dir: Path) -> Path | None:
     """The folder of the sweep that a run is a trial of; None for a run of its own."""
     folder = run_dir.resolve().parent
     return folder.parent if folder.name == TRIALS_FOLDER and is_sweep(folder.parent) else None
+
+
+def final_run(path: Path) -> Path:
+    """What stands for a sweep where a run is asked for: its final model; a run stands for itself.
+
+    Raises:
+        RunStateError: The sweep has not ended.
+    """
+    if not is_sweep(path):
+        return path
+    final = SweepRecord.load(path).final
+    if final is None:
+        raise RunStateError(
+            f"{path} is a sweep without a final model yet", hint=f"`laras sweep {path}` goes on with it"
+        )
+    return trial_dir(path, final)

@@ -13,6 +13,7 @@ import typer
 from laras.config import RunConfig
 from laras.config_file import load_config
 from laras.errors import ConfigError
+from laras.sweep_record import final_run
 from laras.rundir import RunDir, inherited_config
 
 # Options that the verb does not know are overrides of the configuration.
@@ -27,7 +28,15 @@ ConfigArguments = Annotated[
         show_default=False,
     ),
 ]
-RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="The directory of a run.", show_default=False)]
+RunArgument = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="The directory of a run, or of a sweep, which stands for its final model.",
+        show_default=False,
+        callback=final_run,
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 
 

@@ -19,8 +19,8 @@ from laras.reporting import charts, formatting
 from laras.reporting.drawing import Drawing, drawing_style
 from laras.reporting.history import BUCKETS, Series
 from laras.reporting.run_data import RunData, load_run_data
-from laras.reporting.sweep_page import compared_run, sweep_page
-from laras.sweep_record import is_sweep
+from laras.reporting.sweep_page import sweep_page
+from laras.sweep_record import final_run, is_sweep
 
 # Rows of a table in the page; what is left out is counted there.
 _MAX_TABLE_ROWS = 40
@@ -51,7 +51,7 @@ def write_report(run_dirs: Sequence[Path | str], output: Path | None = None) -> 
     if len(paths) == 1 and is_sweep(paths[0]):
         page = render_sweep(paths[0], links=path.resolve().parent == paths[0].resolve())
     else:
-        page = render_report([load_run_data(compared_run(one)) for one in paths])
+        page = render_report([load_run_data(final_run(one)) for one in paths])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, page)

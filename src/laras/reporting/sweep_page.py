@@ -6,19 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from laras import __version__
-from laras.errors import RunStateError
 from laras.reporting import formatting, sweep_charts
 from laras.reporting.drawing import Drawing
 from laras.reporting.sweep_data import SweepData, load_sweep_data
-from laras.sweep_record import (
-    TRIALS_FOLDER,
-    Setting,
-    SweepParameter,
-    SweepRecord,
-    SweepTrial,
-    is_sweep,
-    trial_dir,
-)
+from laras.sweep_record import TRIALS_FOLDER, Setting, SweepParameter, SweepTrial
 
 
 def sweep_page(sweep_dir: Path, *, links: bool) -> dict[str, Any]:
@@ -46,23 +37,6 @@ def sweep_page(sweep_dir: Path, *, links: bool) -> dict[str, Any]:
         "first": _first(sweep),
         "space": [(parameter.name, values_tried(parameter)) for parameter in sweep.record.space],
     }
-
-
-def compared_run(path: Path) -> Path:
-    """What stands for a sweep beside other runs: its final model; a run stands for itself.
-
-    Raises:
-        RunStateError: The sweep has not ended.
-    """
-    if not is_sweep(path):
-        return path
-    final = SweepRecord.load(path).final
-    if final is None:
-        raise RunStateError(
-            f"{path} has no final model to compare yet",
-            hint=f"`laras sweep {path}` goes on with it; or report it alone",
-        )
-    return trial_dir(path, final)
 
 
 def verdict(sweep: SweepData) -> tuple[str, str]:

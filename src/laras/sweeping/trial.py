@@ -211,9 +211,9 @@ def _finished(run_dir: Path) -> RunResult | None:
 
 
 def _free_memory() -> None:
-    """Gives back what the trial held, so that the next one starts as in a process of its own."""
-    gc.collect()
+    """Gives back what the trial held on a GPU, so that the next one starts as in a process of its own."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available():
+        gc.collect()  # a trainer and its callbacks refer to each other
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
