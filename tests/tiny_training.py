@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,10 @@ from laras.training.resume import choose_checkpoint
 from laras.training.run import run_training
 
 VOCABULARY = 64
+torch.set_num_threads(1)  # more make tiny matrices slower
+# A run collects garbage when it begins; without what the imports left, that takes milliseconds instead of a second.
+gc.collect()
+gc.freeze()
 
 
 def tokenizer() -> Fast:

@@ -13,7 +13,8 @@ import laras.training.trainer as trainer_module
 import tiny_training as tiny
 from laras.errors import OutOfMemoryError
 from laras.models.step import TrainStep, eager_step
-from laras.records import RunResult
+from laras.records import PlanRevision, RunResult
+from laras.training.checkpoints import list_checkpoints
 from tiny_training import Scenario, metrics, parameters, train
 
 PACKED = {"packing": True}
@@ -113,6 +114,67 @@ def test_the_smaller_size_survives_a_resume(tmp_path: Path) -> None:
     assert [event.kind for event in result.events].count("out_of_memory") >= 1
 
 
+class Died(Exception):
+    """Stands for the end of the process."""
+
+
+class RoomUntil(Room):
+    """One that dies some steps after memory ran out, before any checkpoint knows of it."""
+
+    def __call__(self, model: nn.Module) -> TrainStep:
+        inner = super().__call__(model)
+
+        def step(batch: Any, scale: torch.Tensor) -> torch.Tensor:
+            if self.failures and self.calls > 6:
+                raise Died
+            return inner(batch, scale)
+
+        return step
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_run_killed_before_the_next_checkpoint_does_not_try_the_size_that_failed_again(
+    tmp_path: Path, packed: bool
+) -> None:
+    scenario = Scenario(4, 2, choices=PACKED if packed else {})
+    with pytest.raises(Died):
+        train(tmp_path, scenario, make_step=RoomUntil(tokens=16))
+    assert list_checkpoints(tmp_path / "checkpoints") == []
+    plan, revision = scenario.train_plan(), PlanRevision.load(tmp_path)
+    assert (revision.parent_digest, revision.train_split_level) == (plan.digest(), 2)
+    assert revision.micro_batch == ("16 tokens" if packed else "1 rows")
+    assert revision.per_device_eval_batch_size == 4
+    levels = [(change.step, change.train_split_level) for change in revision.changes]
+    assert levels == [(0, 1), (0, 2)] and "same gradient" in revision.changes[0].reason
+    room = Room(tokens=16)
+    result, _ = train(tmp_path, scenario, make_step=room)  # no checkpoint: it starts again
+    assert room.failures == 0 and room.calls > 0
+    assert result.parent_digest == revision.digest()
+    assert PlanRevision.load(tmp_path) == revision
+
+
+def test_without_trouble_the_plan_has_no_revision_and_one_of_another_plan_does_not_count(tmp_path: Path) -> None:
+    result, _ = train(tmp_path / "roomy", Scenario(8, 1))
+    assert not (tmp_path / "roomy" / "records" / "revision.json").exists()
+    assert result.parent_digest == Scenario(8, 1).train_plan().digest()
+    train(tmp_path / "tight", Scenario(8, 1), make_step=Room(tokens=32))
+    room = Room()
+    result, _ = train(tmp_path / "tight", Scenario(4, 2), make_step=room)
+    assert result.parent_digest == Scenario(4, 2).train_plan().digest()
+    assert room.calls == 12  # 6 steps of two whole micro-batches
+
+
+def test_a_disk_that_takes_no_record_costs_the_record_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, run_dir: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(PlanRevision, "save", full)
+    observer = tiny.Recorder()
+    result, _ = train(tmp_path, Scenario(8, 1), make_step=Room(tokens=32), observer=observer)
+    assert result.status == "finished"
+    assert "the new size is not recorded: No space left on device" in observer.warnings
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_an_example_that_alone_does_not_fit_is_named(tmp_path: Path, packed: bool) -> None:
     with pytest.raises(OutOfMemoryError, match=r"row \d+ alone \(1[01] tokens\)") as caught:
@@ -138,5 +200,8 @@ def test_an_evaluation_that_runs_out_of_memory_uses_smaller_batches(
     result, _ = train(tmp_path / "tight", Scenario(8, 1))
     assert sizes == [4, 2, 1, 1]
     assert len([event for event in result.events if "evaluation batch" in event.detail]) == 2
+    revision = PlanRevision.load(tmp_path / "tight")
+    assert (revision.train_split_level, revision.eval_split_level, revision.per_device_eval_batch_size) == (0, 2, 1)
+    assert [change.step for change in revision.changes] == [3, 3]
     for one, other in zip(metrics(tmp_path / "roomy"), metrics(tmp_path / "tight"), strict=True):
         assert one == pytest.approx(other, rel=1e-5)

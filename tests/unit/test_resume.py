@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 import tiny_training as tiny
@@ -55,6 +57,35 @@ def test_a_run_that_dies_and_resumes_ends_with_the_same_bytes(tmp_path: Path, na
     expected, found = outcome(whole), outcome(broken)
     assert found == expected
     assert [event.kind for event in RunResult.load(broken).events].count("resume") >= 1
+
+
+def eight_bit(name: str) -> Scenario:
+    return Scenario(choices={"optim": name, "learning_rate": 1e-3, "save_steps": 2}, dropout=0.1)
+
+
+def wide_model() -> Any:
+    """Adapters of 4,096 parameters, from which on bitsandbytes keeps a state in 8 bits; and smaller ones."""
+    torch.manual_seed(0)
+    base = tiny.LlamaForCausalLM(tiny.base_config())
+    torch.manual_seed(1)
+    adapter = LoraConfig(
+        r=128, rank_pattern={"v_proj": 4}, lora_alpha=8, lora_dropout=0.1, target_modules=["q_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    return get_peft_model(base, adapter)
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_states_in_8_bits_survive_a_resume_bit_for_bit(tmp_path: Path, name: str) -> None:
+    scenario = eight_bit(name)
+    train(tmp_path / "whole", scenario, model=wide_model())
+    state = load_file(tmp_path / "whole" / "checkpoints" / "step-6" / "optimizer.safetensors")
+    assert {tensor.dtype for key, tensor in state.items() if key.endswith("/state1")} == {torch.uint8, torch.float32}
+    with pytest.raises(Killed):
+        train(tmp_path / "run", scenario, model=wide_model(), make_step=lambda model: dying_step(model, 7))
+    assert [step for step, _ in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2, 3]
+    train(tmp_path / "run", scenario, model=wide_model(), resume=True)
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
 
 
 def test_a_resume_from_a_named_step_takes_the_same_way(tmp_path: Path) -> None:
@@ -164,7 +195,8 @@ def test_a_changed_run_is_refused_with_the_field_and_both_values(stopped_run: Pa
     assert int(caught.value.exit_code) == 7
     (problem,) = [text for text in caught.value.problems if text.startswith(f"{field}: ")]
     assert "was " in problem and ", is " in problem
-    assert "new run with `laras train`" in (caught.value.hint or "")
+    hint = caught.value.hint or ""
+    assert "undo the change" in hint and f"`laras train CONFIG --from {tmp_path / 'run'}`" in hint
 
 
 def test_another_tokenizer_template_or_base_is_refused(stopped_run: Path, tmp_path: Path) -> None:
