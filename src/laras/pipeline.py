@@ -34,6 +34,7 @@ from laras.records import (
     write_atomically,
 )
 from laras.rundir import GIVEN_CONFIG_NAME, RunDir, create_run_dir, hold
+from laras.sweep_record import sweep_of
 
 if TYPE_CHECKING:
     import torch
@@ -228,6 +229,8 @@ def test(
             )
             samples.save(run.path)
     _write_report(run, observer)
+    if (sweep_dir := sweep_of(run.path)) is not None:  # whose page shows the score, too
+        _write_report(RunDir(sweep_dir), observer)
     return evaluation
 
 

@@ -244,9 +244,9 @@ def run_status(run: RunDir) -> RunStatus:
     return "interrupted" if status == "running" else status
 
 
-def list_runs(output_dir: Path) -> list[RunSummary]:
-    """Every run below a folder, the best score first, those without one by name, newest first."""
-    runs = [RunDir(path.parent) for path in output_dir.glob(f"*/{CONFIG_NAME}")]
+def list_runs(output_dir: Path, further: Sequence[Path] = ()) -> list[RunSummary]:
+    """Every run below a folder, and further ones, the best score first, those without one by name, newest first."""
+    runs = [RunDir(path) for path in (*(path.parent for path in output_dir.glob(f"*/{CONFIG_NAME}")), *further)]
     summaries = sorted((_summary(run) for run in runs), key=lambda summary: summary.path, reverse=True)
     return sorted(summaries, key=lambda s: s.tuned_perplexity if s.tuned_perplexity is not None else float("inf"))
 

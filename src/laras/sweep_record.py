@@ -92,3 +92,15 @@ def final_run(path: Path) -> Path:
             f"{path} is a sweep without a final model yet", hint=f"`laras sweep {path}` goes on with it"
         )
     return trial_dir(path, final)
+
+
+def final_runs(output_dir: Path) -> list[Path]:
+    """The runs of the final models of all sweeps below a folder."""
+    found = []
+    for folder in sorted(output_dir.glob("*/")):
+        try:
+            if is_sweep(folder) and (final := SweepRecord.load(folder).final) is not None:
+                found.append(trial_dir(folder, final))
+        except RunStateError:  # one damaged record does not hide the others
+            continue
+    return found

@@ -11,13 +11,14 @@ from laras.cli.options import JsonOption, print_json
 
 
 def runs_command(
-    output_dir: Annotated[Path, typer.Argument(help="The folder of the runs.")] = Path("runs"),
+    output_dir: Annotated[Path, typer.Argument(help="The folder of the runs, or a sweep.")] = Path("runs"),
     as_json: JsonOption = False,
 ) -> None:
-    """List runs with their status and scores, the best first."""
+    """List runs with their status and scores, the best first; of a sweep its final model, or, named, its trials."""
     from laras.rundir import list_runs
+    from laras.sweep_record import TRIALS_FOLDER, final_runs, is_sweep
 
-    runs = list_runs(output_dir)
+    runs = list_runs(output_dir / TRIALS_FOLDER if is_sweep(output_dir) else output_dir, final_runs(output_dir))
     if as_json:
         print_json({"runs": [run.model_dump(mode="json") for run in runs]})
         return

@@ -21,13 +21,17 @@ def test_command(
 ) -> None:
     """Open the sealed test set of a finished run; every opening is noted in its ledger."""
     from laras import pipeline
+    from laras.data.sealed import read_openings
 
     with open_view() as view:
         evaluation = pipeline.test(run, view, max_samples=max_samples, answers=answers)
     if as_json:
         print_json(evaluation_json(evaluation))
-    else:
-        show_evaluation(evaluation)
+        return
+    show_evaluation(evaluation)
+    trials = read_openings(run)[-1].validation_trials
+    if trials > 1:
+        typer.echo(f"the best of {trials} trials on the validation set, whose loss is optimistic; this score is not")
 
 
 def evaluation_json(evaluation: EvalResult) -> dict[str, Any]:
