@@ -46,19 +46,21 @@ def _sizes(spec: ModelSpec, rank: int) -> _Sizes:
     )  # fmt: skip
 
 
+def _groups(s: _Sizes) -> dict[str, tuple[int, int, int]]:
+    """Inputs, outputs and ranks of what is one product."""
+    return {
+        "qkv": (s.hidden, s.qkv, s.rank_qkv),
+        "o": (s.query, s.hidden, s.rank_o),
+        "gate_up": (s.hidden, 2 * s.width, s.rank_gate_up),
+        "down": (s.width, s.hidden, s.rank_down),
+    }
+
+
 def fused_static_bytes(spec: ModelSpec, case: MemoryCase, element: int) -> int:
-    """Bytes beyond weights and adapters: the adapters' copies, and the unpacked 4-bit weights of one layer."""
-    s = _sizes(spec, case.lora_r)
-    groups = (
-        (s.hidden, s.qkv, s.rank_qkv),
-        (s.query, s.hidden, s.rank_o),
-        (s.hidden, 2 * s.width, s.rank_gate_up),
-        (s.width, s.hidden, s.rank_down),
-    )
+    """Bytes beyond weights and adapters: the adapters' copies, beside 16-bit weights with the corner between them."""
+    groups = _groups(_sizes(spec, case.lora_r)).values()
     if case.weights == "nf4":
-        unpacked = sum((outputs + ranks) * (inputs + ranks) for inputs, outputs, ranks in groups)
-        factors = spec.layers * sum(ranks * (inputs + outputs) for inputs, outputs, ranks in groups)
-        return element * (unpacked + factors)
+        return element * spec.layers * sum(ranks * (inputs + outputs) for inputs, outputs, ranks in groups)
     beside = sum((outputs + ranks) * (inputs + ranks) - outputs * inputs for inputs, outputs, ranks in groups)
     return element * spec.layers * beside
 
@@ -74,24 +76,40 @@ def fused_peak(
         layers: The adapted linear layers.
         element: Bytes of an element of the arithmetic.
     """
-    s = _sizes(spec, case.lora_r)
+    s, form = _sizes(spec, case.lora_r), LAYER_FORMS[spec.model_type]
     tokens = case.micro_batch * case.length_tokens
     kind = (case.checkpoint_kind if case.checkpoint_kind != "none" else "full") if case.checkpointing else "none"
-    attended = element * (s.qkv + s.rank_qkv + s.query + s.rank_o + s.hidden) + _LSE_BYTES * spec.attention_heads
+    chunk = tokens if kind == "none" else min(tokens, case.mlp_chunk_tokens)
+    qkv = element * (s.qkv + s.rank_qkv)
+    out = element * (s.query + s.rank_o) + _LSE_BYTES * spec.attention_heads
+    middle = element * s.hidden
     feed = element * (2 * s.width + 2 * s.rank_gate_up + s.rank_down)
+    attended = qkv + out + middle
     per_token = element * s.hidden + {"none": attended + feed, "selective": attended, "full": 0}[kind]
     kept = spec.layers * per_token * tokens
     loss_chunk = min(tokens, case.loss_chunk_tokens or tokens)
     head = element * (4 * s.hidden * tokens + loss_chunk * spec.vocab_size)
 
-    chunk = tokens if kind == "none" else min(tokens, case.mlp_chunk_tokens)
-    total = element * (2 * s.hidden + max(s.rank_o, s.rank_down)) * tokens
-    recomputed = attended * tokens if kind == "full" else 0
-    feed_work = element * (s.width + s.hidden + s.rank_gate_up) * chunk
-    feed_work += feed * chunk if kind != "none" else 0
-    grouped = 2 * element * s.query if s.query != s.key_value else 0
-    attention_work = element * (2 * s.query + 2 * s.key_value) + 4 * s.query + grouped
-    attention_work = attention_work * tokens - (feed * tokens if kind == "none" else 0)
+    # Backward of the last layer, in its feed-forward part and in attention, beside what was kept.
+    gradient = element * (s.hidden + max(s.rank_o, s.rank_down)) * tokens
+    feed_part = element * (s.width + s.hidden + s.rank_gate_up) * chunk
+    if kind != "none":
+        feed_part += feed * chunk
+    if kind == "full":
+        feed_part += out * tokens + middle * chunk + (0 if case.weights == "nf4" else qkv * tokens)
+    share = 0.5 if kind != "none" and spec.key_value_heads % 2 == 0 else 1.0  # of the heads, at a time
+    heads = element * (2 * s.query + 2 * s.key_value) + 4 * s.query  # gradients, and the kernel's sums in fp32
+    heads += 2 * element * s.query if s.query != s.key_value else 0
+    heads += element * (s.query + s.key_value) if form.head_norm else 0
+    freed = {"none": feed + middle, "selective": middle, "full": -(qkv + out)}[kind]
+    attention_part = (int(share * heads) + qkv - freed) * tokens
+    if case.weights == "nf4":  # unpacked while a part runs; o forms the hidden states of a chunk
+        sizes = _groups(s)
+        unpacked = {
+            name: element * (outputs + ranks) * (inputs + ranks) for name, (inputs, outputs, ranks) in sizes.items()
+        }
+        feed_part += unpacked["gate_up"] + unpacked["down"] + (unpacked["o"] if kind == "full" else 0)
+        attention_part += unpacked["qkv"] + unpacked["o"]
     gradients = sum(inputs + outputs for _, inputs, outputs in layers) * case.lora_r * 4
-    backward = total + recomputed + max(feed_work, attention_work) + gradients
+    backward = gradient + max(feed_part, attention_part) + gradients
     return (kept, head, "logits") if head > backward else (kept, backward, "layer_backward")

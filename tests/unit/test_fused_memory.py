@@ -1,0 +1,83 @@
+"""The closed form of the fused layers' memory is that of their simulated step, for every family and way to run."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from laras.config import RunConfig
+from laras.models.simulation import trace_step
+from laras.planning.allocator import replay
+from laras.planning.architecture import model_spec_from_config
+from laras.planning.catalogue import find_gpu
+from laras.planning.memory import MemoryCase, estimate_memory, workspace_bytes
+from laras.records import PlanChoices
+
+H100 = find_gpu("h100").to_hardware()
+LAYERS = 7
+# Wide enough that what the closed form leaves out (rounding, rotations, indices) is small.
+SIZES = {
+    "hidden_size": 1024, "num_hidden_layers": LAYERS, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "intermediate_size": 3072, "vocab_size": 32000, "max_position_embeddings": 4096, "pad_token_id": 0,
+}  # fmt: skip
+FAMILIES = {
+    "qwen2": {},
+    "qwen3": {"head_dim": 128},
+    "phi3": {"num_key_value_heads": 8},
+    "gemma": {"head_dim": 256, "num_attention_heads": 4, "num_key_value_heads": 1},
+}
+
+
+def choices(kind, **keys):
+    defaults = {
+        "per_device_train_batch_size": 4, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": kind != "none", "checkpoint_kind": kind, "packing": True, "max_length": 1024,
+        "finetuning_type": "lora", "load_in_4bit": False, "load_in_8bit": False, "precision": "bf16",
+        "optim": "adamw_torch_fused", "backend": "transformers", "attention": "sdpa", "loss_kind": "chunked",
+        "lora_r": 16, "lora_alpha": 16.0, "lora_dropout": 0.0, "use_rslora": False, "use_dora": False,
+        "target_modules": ("all-linear",), "trainable_parameters": 1, "total_parameters": 1, "learning_rate": 1e-4,
+        "eval_steps": 1, "save_steps": 1, "logging_steps": 1, "mlp_chunk_tokens": 2048,
+    }  # fmt: skip
+    return PlanChoices(**{**defaults, **keys})
+
+
+def simulated(tmp_path, values, kind, **keys):
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    config = RunConfig(model_name_or_path=str(tmp_path))
+    return trace_step(config, choices(kind, **keys), LAYERS, H100)
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["bf16", "nf4"])
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_closed_form_is_the_simulated_peak(tmp_path, family, kind, nf4):
+    values = {"model_type": family, **SIZES, **FAMILIES[family]}
+    whole = simulated(tmp_path, values, kind, load_in_4bit=nf4).unroll(LAYERS)
+    expected = replay(whole.until("evaluation")).peak_allocated_bytes + workspace_bytes(H100)
+    case = MemoryCase(
+        4, 1024, checkpointing=kind != "none", fused=True, checkpoint_kind=kind, lora_r=16, loss_kind="chunked",
+        loss_chunk_tokens=1024, mlp_chunk_tokens=2048, weights="nf4" if nf4 else "bf16",
+    )  # fmt: skip
+    closed = estimate_memory(model_spec_from_config(values, "m"), case, H100, 1)
+    assert closed.train_peak_allocated_bytes == pytest.approx(expected, rel=0.03)
+
+
+@pytest.mark.parametrize("family", ["qwen3", "phi3"])
+def test_a_short_trace_unrolled_is_the_whole_depth(tmp_path, monkeypatch, family):
+    values = {"model_type": family, **SIZES, **FAMILIES[family]}
+    short = simulated(tmp_path, values, "full", load_in_4bit=True)
+    assert short.layers < LAYERS
+    monkeypatch.setattr("laras.models.simulation.TRACED_LAYERS", 99)
+    whole = simulated(tmp_path, values, "full", load_in_4bit=True)
+    assert whole.layers == LAYERS
+    assert short.unroll(LAYERS).peaks() == whole.unroll(LAYERS).peaks()
+
+
+def test_kinds_hold_less_the_more_they_compute_again(tmp_path):
+    values = {"model_type": "qwen3", **SIZES, **FAMILIES["qwen3"]}
+    peaks = []
+    for kind in ("none", "selective", "full"):
+        whole = simulated(tmp_path, values, kind).unroll(LAYERS)
+        peaks.append(replay(whole.until("evaluation")).peak_allocated_bytes)
+    assert peaks[0] > peaks[1] > peaks[2]
