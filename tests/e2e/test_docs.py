@@ -3,7 +3,8 @@
 Blocks of one page run in order in a folder of their own. They are changed as little as possible:
 
 - the model is a tiny one, in place of the Hub's and of the built-in one, and `builtin:stdlib` is a small file;
-- RUN is a finished run (the newest of the page, else a shared one), INTERRUPTED one that was stopped;
+- RUN is a finished run (the newest of the page, else a shared one), SWEEP the newest of the page, INTERRUPTED a run
+  that was stopped;
 - `laras` lines run in this process, which loads the libraries once;
 - configurations get the keys of QUICK, and answers are short (ADDED).
 
@@ -40,7 +41,7 @@ HUB_MODELS = ("Qwen/Qwen2.5-1.5B-Instruct",)
 NOT_RUN = "# not run in tests: "
 LEFT_OUT = {"make ": "creates a virtual environment from the network"}
 QUICK = "max_steps: 3\nper_device_train_batch_size: 8\n"
-ADDED = {"chat": ["--max-new-tokens", "8"], "test": ["--answers", "1"]}
+ADDED = {"chat": ["--max-new-tokens", "8"], "test": ["--answers", "1"], "sweep": ["--trials", "2"]}
 GENERATED = {"reference/config.md", "reference/cli.md"}
 _FENCE = re.compile(r"^```(\w+)([^\n]*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)")
@@ -135,7 +136,8 @@ def run_line(line: str, place: Workplace) -> None:
     if not words:
         return
     own = sorted(Path("runs").glob("*"), key=lambda path: path.stat().st_mtime) if Path("runs").is_dir() else []
-    names = {"RUN": str(own[-1] if own else place.finished), "INTERRUPTED": str(place.interrupted)}
+    newest = str(own[-1] if own else place.finished)
+    names = {"RUN": newest, "SWEEP": newest, "INTERRUPTED": str(place.interrupted)}
     words = [names.get(word, word) for word in words]
     assert words[0] == "laras", f"only laras is run here: {line}"
     done = CliRunner().invoke(app, [*words[1:], *ADDED.get(words[1], [])], catch_exceptions=False)

@@ -31,7 +31,7 @@ def test_command(
     show_evaluation(evaluation)
     trials = read_openings(run)[-1].validation_trials
     if trials > 1:
-        typer.echo(f"the best of {trials} trials on the validation set, whose loss is optimistic; this score is not")
+        typer.echo(f"best of {trials} trials by validation loss, which is optimistic; this score is not")
 
 
 def evaluation_json(evaluation: EvalResult) -> dict[str, Any]:
