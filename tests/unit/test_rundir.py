@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import json
+import multiprocessing
+import os
+import signal
+import socket
 import subprocess
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +21,7 @@ from laras.config import RunConfig
 from laras.config_file import config_to_yaml
 from laras.errors import ExitCode, RunStateError
 from laras.records import BestCheckpoint, EvalResult, Measured, RunResult, RunStatus, SplitScore
-from laras.rundir import RunDir, create_run_dir, hold, list_runs, read_holder, run_status
+from laras.rundir import RunDir, create_run_dir, hold, is_held, list_runs, read_holder, run_status
 
 HOLD = "import sys, pathlib; from laras.rundir import RunDir, hold\nwith hold(RunDir(pathlib.Path(sys.argv[1]))):\n"
 
@@ -91,6 +99,92 @@ def test_a_run_has_one_owner_and_the_second_is_told_who(tmp_path: Path) -> None:
     with hold(run):  # what a killed process held is free again
         holder = read_holder(run)
         assert holder is not None and holder.pid != other.pid
+
+
+def contend(path: Path, start: Any, answers: Any, all_told: Any) -> None:
+    start.wait()
+    try:
+        with hold(RunDir(path)):
+            answers.put(os.getpid())
+            all_told.wait(30)
+    except RunStateError as error:
+        answers.put(error.message)
+
+
+def test_of_processes_that_start_at_once_one_owns_the_run_and_the_others_are_told_so(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    fork = multiprocessing.get_context("fork")
+    for _ in range(3):
+        start, answers, all_told = fork.Barrier(6), fork.Queue(), fork.Event()
+        processes = [fork.Process(target=contend, args=(run.path, start, answers, all_told)) for _ in range(6)]
+        for process in processes:
+            process.start()
+        told = [answers.get(timeout=30) for _ in processes]
+        all_told.set()
+        for process in processes:
+            process.join(30)
+        winners = [answer for answer in told if isinstance(answer, int)]
+        assert len(winners) == 1 and winners[0] in [process.pid for process in processes]
+        assert all("is in use" in answer for answer in told if isinstance(answer, str))
+        assert run_status(run) != "running"
+
+
+def test_the_note_of_a_dead_process_does_not_count_even_if_its_number_lives_again(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    (run.path / ".lock").touch()
+    note = {"host": socket.gethostname(), "pid": os.getpid(), "since": "2026-01-01T00:00:00+00:00"}  # this process
+    for content in (json.dumps(note), "", "nonsense", json.dumps({**note, "pid": 1, "host": "elsewhere"})):
+        (run.path / ".holder.json").write_text(content, encoding="utf-8")
+        assert not is_held(run)
+        with hold(run):
+            holder = read_holder(run)
+            assert holder is not None and holder.pid == os.getpid() and not holder.since.startswith("2026-01-01")
+        assert read_holder(run) is None  # gone with its owner
+
+
+def test_a_second_hold_of_the_same_process_is_refused_and_the_first_goes_on(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    with hold(run):
+        who = f"in use by process {os.getpid()} on {socket.gethostname()} since"
+        for _ in range(2):
+            with pytest.raises(RunStateError, match=who), hold(run):
+                pass
+        assert is_held(run)
+    assert not is_held(run)
+
+
+def test_a_program_that_outlives_its_run_does_not_keep_it(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    code = "    import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD + code, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as owner:
+        assert owner.stdout is not None
+        left = int(owner.stdout.readline())
+        owner.kill()
+    try:
+        os.kill(left, 0)  # it lives
+        with hold(run):
+            pass
+    finally:
+        os.kill(left, signal.SIGKILL)
+
+
+def test_a_folder_that_cannot_be_locked_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run(tmp_path)
+
+    def no_locks(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", no_locks)  # as some network file systems answer
+        with pytest.raises(RunStateError, match=f"cannot be locked: {os.strerror(errno.ENOSYS)}") as caught, hold(run):
+            pass
+    assert caught.value.exit_code == ExitCode.RUN_STATE
+    assert "local disk" in str(caught.value.hint)
+    assert not (run.path / ".holder.json").exists()
+    with pytest.raises(RunStateError, match="cannot be locked"), hold(RunDir(run.config)):  # a file
+        pass
 
 
 def test_the_status_is_that_of_the_result_or_of_what_was_left(tmp_path: Path) -> None:

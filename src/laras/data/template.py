@@ -123,13 +123,13 @@ class ChatTemplate:
 class _Bounded(NodeTransformer):
     """Lets every loop count its rounds, and every list and mapping that a template makes its parts."""
 
-    def visit_For(self, node: nodes.For) -> nodes.For:  # noqa: N802 - jinja's name
+    def visit_For(self, node: Any) -> Any:  # noqa: N802 - jinja's name
         """Puts a filter around what is looped over."""
         self.generic_visit(node)
         node.iter = _filtered(node.iter, _COUNTED)
         return node
 
-    def visit_List(self, node: nodes.List | nodes.Tuple | nodes.Dict) -> nodes.Node:  # noqa: N802
+    def visit_List(self, node: Any) -> Any:  # noqa: N802
         """Puts a filter around a value that is made of others."""
         self.generic_visit(node)
         makes = getattr(node, "ctx", "load") == "load" and node.find((nodes.Name, nodes.Call)) is not None
