@@ -204,9 +204,9 @@ def _result(plan: TrainPlan, steps: int, best: BestCheckpoint, hostile: str) -> 
             elapsed_s=0.4 * steps,
         ),
         events=(
-            RunEvent(step=steps // 4, kind="resume", detail=f"from checkpoint step-{steps // 4}{hostile}"),
-            RunEvent(step=steps * 2 // 5, kind="oom-split", detail="micro-batch 4 became 2"),
-            RunEvent(step=steps * 3 // 5, kind="oom-split", detail="micro-batch 2 became 1"),
+            RunEvent(step=steps // 4, kind="resume", detail=f"went on from step-{steps // 4}{hostile}"),
+            RunEvent(step=steps * 2 // 5, kind="out_of_memory", detail="micro-batch 4 -> 2, same gradient"),
+            RunEvent(step=steps * 3 // 5, kind="out_of_memory", detail="micro-batch 2 -> 1, same gradient"),
         ),
     )  # fmt: skip
 

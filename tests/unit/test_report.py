@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import time
 import xml.etree.ElementTree as ET
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from example_run import write_example_run
 from laras.cli.report import report_command
 from laras.errors import ConfigError, RunStateError
-from laras.records import EvalResult, RunResult, TrainPlan
+from laras.records import EvalResult, Measured, RunEvent, RunResult, TrainPlan
 from laras.reporting import formatting
 from laras.reporting.drawing import drawing_style, finish, new_figure
 from laras.reporting.report import verdict, write_report
@@ -53,8 +54,8 @@ def test_every_section_has_what_its_records_say(html):
     page = Page(html)
     ids = {attrs.get("id") for _, attrs in page.tags}
     assert {f"section-{name}" for name in SECTIONS} <= ids
-    for text in ("1.1600", "2.3100", "1.1000 to 1.2200", "laras test", "opened 2 times", "oom-split", "early-stop",
-                 "micro-batch 4 became 2", "the last turn is empty", "44 groups", "3 rows that resemble", "maths",
+    for text in ("1.1600", "2.3100", "1.1000 to 1.2200", "laras test", "opened 2 times", "out of memory", "early stop",
+                 "micro-batch 4 -> 2", "the last turn is empty", "44 groups", "3 rows that resemble", "maths",
                  "the GPU computes in bf16", "NVIDIA L4", "2.13.0", "It depends on what you mean", "best, step 450",
                  "(not at hand)", "backward of the last layer", "the validation split is small"):  # fmt: skip
         assert text in page.text, text
@@ -104,8 +105,41 @@ def test_equal_data_gives_equal_pages(run, html):
 def test_a_run_that_is_still_going_says_what_is_missing(tmp_path):
     run = write_example_run(tmp_path / "run", finished=False, steps=40)
     page = Page(write_report([run]).read_text(encoding="utf-8"))
-    assert page.text.count("No record") == 3  # score, events, answers
+    assert page.text.count("No record") == 2  # score, answers
     assert "has never been opened" in page.text
+    assert "None so far" in page.text
+
+
+def test_a_session_that_has_begun_or_was_killed_shows_what_the_metrics_and_checkpoints_know(tmp_path):
+    run = write_example_run(tmp_path / "run", finished=False, steps=40)
+    begun = Measured(peak_allocated_bytes=7, peak_reserved_bytes=7, tokens_per_s=0.0, elapsed_s=0.1)
+    RunResult(
+        parent_digest=TrainPlan.load(run).digest(), status="running", steps=0, epochs=0, train_loss=None, best=None,
+        stopped_early=False, measured=begun, events=(RunEvent(step=0, kind="resume", detail="went on from step-0"),),
+    ).save(run)  # fmt: skip
+    events = [RunEvent(step=9, kind="out_of_memory", detail="micro-batch 4 -> 2").model_dump()]
+    for name, text in (("step-10", json.dumps({"counters": {"events": events}})), ("step-20", "{broken")):
+        (run / "checkpoints" / name).mkdir(parents=True)
+        (run / "checkpoints" / name / "training.json").write_text(text)
+    data = load_run_data(run)
+    assert (data.status, data.is_over, data.steps) == ("interrupted", False, 40)
+    assert data.measured.elapsed_s == 16.0
+    assert 5000 < data.measured.tokens_per_s < 5400
+    assert data.measured.peak_allocated_bytes > 3 * 2**30
+    assert [event.kind for event in data.events] == ["resume", "out_of_memory"]
+    page = Page(write_report([run]).read_text(encoding="utf-8"))
+    assert "40 of 40" in page.text and "Time so far16.0 s" in page.text
+    assert "micro-batch 4 -> 2" in page.text and "As far as the newest checkpoint knows" in page.text
+
+
+def test_the_time_of_a_resumed_run_is_that_of_all_its_sessions(tmp_path):
+    run = write_example_run(tmp_path / "run", steps=40)
+    result = RunResult.load(run)
+    last = result.measured.model_copy(update={"elapsed_s": 3.0, "peak_allocated_bytes": 1})
+    result.model_copy(update={"measured": last}).save(run)
+    measured = load_run_data(run).measured
+    assert measured.elapsed_s == 16.0
+    assert measured.peak_allocated_bytes > 3 * 2**30
 
 
 def test_a_run_with_nothing_but_its_configuration_has_a_page(tmp_path):

@@ -157,8 +157,8 @@ def components_chart(run: RunData) -> Drawing | None:
     memory = run.plan.memory
     parts = sorted(((value, name) for name, value in memory.components.items() if value > 0), reverse=True)
     totals = [(memory.train_peak_allocated_bytes, "planned peak"), (memory.device_budget_bytes, "budget")]
-    if run.result is not None:
-        totals.insert(1, (run.result.measured.peak_allocated_bytes, "measured peak"))
+    if run.measured is not None:
+        totals.insert(1, (run.measured.peak_allocated_bytes, "measured peak"))
     totals = [total for total in totals if total[0] > 0]
     figure, (left, right) = new_figure(1, 2, height=0.7 + 0.27 * max(len(parts), len(totals) + 1))
     _bars(left, [(value, name.replace("_", " ")) for value, name in parts], BLUE)
@@ -192,7 +192,8 @@ def lengths_chart(split: SplitManifest, cap_tokens: int | None) -> Drawing | Non
         axis.set_title(f"{name}: {stats.rows:,} rows")
         axis.set_ylim(bottom=0)
         axis.set_xlim(left=0)
-        axis.legend(loc="upper right", ncols=3)
+        axis.set_ylabel("rows")
+        axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), ncols=3)  # beside the title, off the lines
     step_axis(axes[-1], "tokens in an example")
     description = " ".join(
         f"{name}: {stats.rows:,} rows of {stats.min:,} to {stats.max:,} tokens, median {number(stats.median, 0)}, "
@@ -295,7 +296,7 @@ def _mark_events(axis: Axes, run: RunData, *, labels: bool) -> None:
             _flag(
                 axis,
                 event.step,
-                f"{symbol} {event.kind.replace('-', ' ').replace('_', ' ')}",
+                f"{symbol} {event.kind.replace('_', ' ')}",
                 color,
                 0.9 - 0.1 * len(shown),
             )
@@ -304,12 +305,12 @@ def _mark_events(axis: Axes, run: RunData, *, labels: bool) -> None:
 
 
 def _event_look(event: RunEvent) -> tuple[str, str, tuple[int, tuple[float, ...]]]:
-    kind = event.kind.lower()
-    if "resum" in kind:
+    kind = event.kind
+    if kind == "resume":
         return "\u25b6", PURPLE, (0, (5, 2))
-    if "memory" in kind or "oom" in kind:
+    if kind == "out_of_memory":
         return "\u25bc", RED, (0, (1.2, 1.6))
-    if "stop" in kind or "interrupt" in kind:
+    if kind in ("early_stop", "failed"):
         return "\u25a0", INK, (0, (6, 2, 1.2, 2))
     return "\u25c6", ORANGE, (0, (3, 2))
 
@@ -385,5 +386,5 @@ def _loss_description(run: RunData, train: Series, validation: Series) -> str:
             f"Best: step {run.best.step:,}, validation loss {number(run.best.eval_loss)}, "
             f"perplexity {number(perplexity, 2)}."
         )
-    parts += [f"Step {event.step:,}: {event.kind}." for event in run.events[:10]]
+    parts += [f"Step {event.step:,}: {event.kind.replace('_', ' ')}." for event in run.events[:10]]
     return " ".join(parts)

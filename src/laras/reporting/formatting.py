@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from datetime import UTC, datetime
 
 GIB = 2**30
 DASH = "–"
@@ -18,6 +19,30 @@ def number(value: float | None, digits: int = 3) -> str:
     if value != 0 and abs(value) < 10**-digits:
         return f"{value:.2e}"
     return f"{value:,.{digits}f}"
+
+
+def plain(value: object) -> str:
+    """A setting as a person writes it: yes and no, thousands separated, lists in one line."""
+    if value is None:
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(plain(item) for item in value) or DASH
+    return str(value)
+
+
+def instant(text: str) -> str:
+    """A moment in ISO 8601 as `2026-11-24 09:30 UTC`; what is no moment stays as it is."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return text
+    return moment.astimezone(UTC).strftime("%Y-%m-%d %H:%M UTC") if moment.tzinfo else text
 
 
 def size(count_bytes: float | None) -> str:

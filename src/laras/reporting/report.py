@@ -85,7 +85,7 @@ def _templates() -> Templates:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    for name in ("number", "size", "short", "duration", "percent", "interval"):
+    for name in ("number", "size", "short", "duration", "percent", "interval", "plain", "instant"):
         templates.filters[name] = getattr(formatting, name)
     return templates
 
