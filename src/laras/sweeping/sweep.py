@@ -224,10 +224,12 @@ class _Sweep:
         self.record.save(self.sweep_dir)
 
     def _remove_checkpoints(self) -> None:
-        """Of trials that have ended and are not the best: only a resume needs them."""
+        """Of trials that have ended and are not the best: only a resume needs them, and `best/` is `final/` again."""
         for trial in self.record.trials:
             if trial.status != "running" and trial.number != self.record.best:
-                shutil.rmtree(RunDir(trial_dir(self.sweep_dir, trial.number)).checkpoints, ignore_errors=True)
+                run = RunDir(trial_dir(self.sweep_dir, trial.number))
+                for folder in (run.checkpoints, run.path / "best"):
+                    shutil.rmtree(folder, ignore_errors=True)
 
     def _interrupted(self, message: str) -> TrainingInterrupted:
         return TrainingInterrupted(message, hint=f"`laras sweep {self.sweep_dir}` goes on from there")
