@@ -8,7 +8,15 @@ import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BloomConfig,
+    BloomForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from laras.errors import ConfigError, MissingExtraError
 from laras.models import loader
@@ -139,3 +147,11 @@ def test_4bit_weights_stay_what_they_are_when_a_cpu_evaluates(tmp_path):
         model(input_ids=torch.tensor([[1, 2, 3]]))
     assert layers and not any(layer.support_avx512bf16_for_cpu for layer in layers)
     assert all(torch.equal(layer.weight.data, weight) for layer, weight in zip(layers, before, strict=True))
+
+
+def test_a_model_without_sdpa_is_loaded_with_its_own_attention_unless_one_is_named(tmp_path):
+    config = BloomConfig(vocab_size=32, hidden_size=16, n_layer=1, n_head=2)
+    BloomForCausalLM(config).save_pretrained(tmp_path)
+    assert load_model(str(tmp_path), precision="fp32").config._attn_implementation == "eager"
+    with pytest.raises(ConfigError, match="scaled_dot_product_attention"):
+        load_model(str(tmp_path), precision="fp32", attention="sdpa")

@@ -120,3 +120,9 @@ def test_packed_weights_count_as_what_they_stand_for(tmp_path):
     gradients = [p.grad for name, p in adapted.named_parameters() if "lora_B" in name]
     assert len(gradients) == 14
     assert all(gradient is not None and gradient.abs().sum() > 0 for gradient in gradients)
+
+
+def test_a_router_that_derives_from_a_linear_layer_gets_no_adapter():
+    model = tiny("phimoe", num_local_experts=2, num_key_value_heads=2, head_dim=8)
+    assert any(isinstance(module, nn.Linear) and "router" in name for name, module in model.named_modules())
+    assert linear_module_names(model) == ("k_proj", "o_proj", "q_proj", "v_proj")

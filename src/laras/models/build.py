@@ -62,7 +62,9 @@ def build_model(config: RunConfig, choices: PlanChoices, device: str, observer: 
 
 
 def _base(config: RunConfig, choices: PlanChoices, device: str) -> Any:
-    attention = VARLEN if choices.packing and choices.attention == "sdpa" else choices.attention
+    attention: str | None = VARLEN if choices.packing and choices.attention == "sdpa" else choices.attention
+    if config.attn_implementation == "auto" and attention == "sdpa":
+        attention = None  # a few old architectures have their own attention only
     if device != "meta":
         return load_model(
             config.model_name_or_path,

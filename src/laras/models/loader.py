@@ -91,7 +91,7 @@ def load_model(
     device: str = "cpu",
     revision: str | None = None,
     trust_remote_code: bool = False,
-    attention: str = "sdpa",
+    attention: str | None = None,
     load_in_4bit: bool = False,
     load_in_8bit: bool = False,
 ) -> PreTrainedModel:
@@ -103,7 +103,7 @@ def load_model(
         device: Such as `cpu` or `cuda:1`.
         revision: Branch, tag or commit on the Hub.
         trust_remote_code: Run Python code that the repository brings.
-        attention: Name of an attention implementation of transformers.
+        attention: Name of an attention implementation of transformers; None is its `sdpa` where the model has it.
         load_in_4bit: NF4 with doubly quantised constants, as QLoRA has it.
         load_in_8bit: LLM.int8().
 

@@ -20,12 +20,16 @@ def linear_module_names(model: PreTrainedModel) -> tuple[str, ...]:
     Works on meta tensors too. Names that the head shares with other layers are given in full for those.
     """
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    linear = {
-        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
-    }
+    linear = {name for name, module in model.named_modules() if _is_plain_linear(module) and module is not head}
     # A classifier or router inside the decoder may carry the head's own name.
     head_names = {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
     return tuple(sorted({name if (last := name.rpartition(".")[2]) in head_names else last for name in linear}))
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """A router of experts may derive from a linear layer and return more than a product: no place for an adapter."""
+    home = type(module).__module__.partition(".")[0]
+    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and home in ("torch", "bitsandbytes"))
 
 
 def resolve_target_modules(model: PreTrainedModel, requested: str | Sequence[str]) -> tuple[str, ...]:
