@@ -36,6 +36,7 @@ ARCHITECTURES = [
     ("gpt_neox", {}, {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
     ("phi", {"pad_token_id": 0}, {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"}),
     ("gpt2", {"bos_token_id": 0, "eos_token_id": 0}, {"c_attn", "c_proj", "c_fc"}),
+    ("falcon", {"bos_token_id": 0}, {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
 ]
 
 

@@ -82,7 +82,8 @@ def _load_base(config: RunConfig, choices: PlanChoices, device: torch.device) ->
         device=str(device),
         revision=config.model_revision,
         trust_remote_code=config.trust_remote_code,
-        attention="sdpa",
+        # Other kernels compute the same; eager alone knows terms such as capped scores.
+        attention="eager" if choices.attention == "eager" else None,
         load_in_4bit=choices.load_in_4bit,
         load_in_8bit=choices.load_in_8bit,
     )

@@ -28,8 +28,7 @@ def linear_module_names(model: PreTrainedModel) -> tuple[str, ...]:
 
 def _is_plain_linear(module: nn.Module) -> bool:
     """A router of experts may derive from a linear layer and return more than a product: no place for an adapter."""
-    home = type(module).__module__.partition(".")[0]
-    return isinstance(module, Conv1D) or (isinstance(module, nn.Linear) and home in ("torch", "bitsandbytes"))
+    return isinstance(module, (nn.Linear, Conv1D)) and "router" not in type(module).__name__.lower()
 
 
 def resolve_target_modules(model: PreTrainedModel, requested: str | Sequence[str]) -> tuple[str, ...]:
