@@ -155,7 +155,7 @@ def _profile(hostile: str) -> DatasetProfile:
 
 def _split(profile: DatasetProfile, seed: int) -> SplitManifest:
     parts = {
-        name: SplitInfo(rows=rows, tokens=lengths(rows, scale, rows), sha256=f"{rows:064x}")
+        name: SplitInfo(rows=rows, tokens=lengths(rows, scale, rows), sha256=f"{rows + len(name):064x}")
         for name, rows, scale in (("train", 2100, 1.0), ("validation", 450, 1.05), ("test", 450, 0.95))
     }
     return SplitManifest(

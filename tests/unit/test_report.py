@@ -14,8 +14,9 @@ from typer.testing import CliRunner
 from example_run import write_example_run
 from laras.cli.report import report_command
 from laras.errors import ConfigError, RunStateError
-from laras.records import EvalResult, Measured, RunEvent, RunResult, TrainPlan
+from laras.records import EvalResult, Measured, RunEvent, RunResult, SplitManifest, TrainPlan
 from laras.reporting import formatting
+from laras.reporting.data_charts import lengths_chart
 from laras.reporting.drawing import drawing_style, finish, new_figure
 from laras.reporting.report import verdict, write_report
 from laras.reporting.run_data import load_run_data
@@ -199,9 +200,26 @@ def test_several_runs_are_compared(run, tmp_path):
 
 def test_runs_with_different_test_sets_are_not_ranked(run, tmp_path):
     other = write_example_run(tmp_path / "other", steps=30)
-    text = (other / "records" / "split.json").read_text().replace(f"{450:064x}", f"{451:064x}")
+    text = (other / "records" / "split.json").read_text().replace(f"{454:064x}", f"{455:064x}")
     (other / "records" / "split.json").write_text(text)
     assert "different test sets" in write_report([run, other], tmp_path / "page.html").read_text(encoding="utf-8")
+    (other / "records" / "split.json").write_text(text.replace('"sha256": "', '"sha256": "f'))
+    assert "different validation and test sets" in write_report([run, other], tmp_path / "page.html").read_text()
+
+
+def test_a_plan_far_from_what_is_measured_leaves_the_curves_their_scale(tmp_path):
+    run = write_example_run(tmp_path / "run", steps=30)
+    plan = TrainPlan.load(run)
+    for factor, words in ((1.0, "planned 5.4k<"), (40.0, "planned 216k, beyond this axis")):
+        time_ = plan.time.model_copy(update={"tokens_per_s": 5400 * factor})
+        memory = plan.memory.model_copy(update={"device_budget_bytes": int(5 * factor * 2**30)})
+        plan.model_copy(update={"time": time_, "memory": memory}).save(run)
+        html = write_report([run]).read_text(encoding="utf-8")
+        assert words in html
+        assert ("budget 200.00 GiB, beyond this axis" in html) == (factor > 1)
+    assert "cap 2,048<" in html
+    with drawing_style():
+        assert "cap 9,000, beyond this axis" in lengths_chart(SplitManifest.load(run), 9000).svg
 
 
 def test_equal_runs_without_metrics_compare_too(tmp_path):
@@ -276,6 +294,11 @@ def test_numbers_read_as_a_person_writes_them():
     assert (formatting.size(None), formatting.size(10), formatting.size(3 * 2**20)) == ("–", "10 B", "3.00 MiB")
     assert [formatting.duration(s) for s in (None, 5, 65, 7500)] == ["–", "5.0 s", "1 min 05 s", "2 h 05 min"]
     assert (formatting.short(1500), formatting.short(12)) == ("1.5k", "12")
+    assert [formatting.plain(v) for v in (None, True, 12345, 4096, 16.0, ("a", "b"), "x")] == [
+        "–", "yes", "12,345", "4096", "16", "a, b", "x",
+    ]  # fmt: skip
+    assert formatting.instant("2026-11-24T09:30:00+00:00") == "2026-11-24 09:30 UTC"
+    assert formatting.instant("yesterday") == "yesterday"
     assert (formatting.percent(None), formatting.interval(None)) == ("–", "–")
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
-from laras.records import EvalResult, LengthStats, RunEvent, SplitManifest
+from laras.records import EvalResult, RunEvent
 from laras.reporting.drawing import (
     BLUE,
     CYAN,
@@ -36,6 +36,10 @@ from laras.reporting.run_data import RunData
 _MAX_EVENT_MARKS = 40
 _LOG_RATIO = 30.0
 _MAX_MARKERS = 14
+# A planned value that is so many times the measured ones would press their curve flat.
+_LEVEL_SHOWN_UNTIL = 3.0
+_NOT_MEASURED = "memory/planned_peak_bytes"  # the plan, which is drawn as such
+_MEMORY_NAMES = {"rss": "resident (whole process)"}
 
 
 def score_chart(evaluation: EvalResult) -> Drawing:
@@ -106,12 +110,12 @@ def optimization_chart(run: RunData) -> Drawing | None:
         _envelope_line(axis, series, color=color, label=title, dash="-")
         axis.set_title(title)
         if title.startswith("tokens"):
-            axis.set_ylim(bottom=0)
             if run.plan is not None and run.plan.time.tokens_per_s > 0:
-                axis.axhline(
-                    run.plan.time.tokens_per_s, color=MUTED, linestyle=(0, (5, 3)), linewidth=1.2, label="planned"
-                )
-                axis.legend(loc="lower right")
+                planned = run.plan.time.tokens_per_s
+                _level(axis, planned, f"planned {short(planned)}", float(series.value.max()), MUTED, (0, (5, 3)))
+                axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), ncols=2)
+            axis.margins(y=0.15)
+            axis.set_ylim(bottom=0)  # fixes the upper end as well, so that it comes last
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         if title.startswith("gradient"):
             _log_if_wide(axis)
@@ -140,7 +144,8 @@ def memory_chart(run: RunData) -> Drawing | None:
             (memory.device_budget_bytes, "budget", (0, (1.5, 2))),
         ):
             if value > 0:
-                axis.axhline(value / GIB, color=INK, linestyle=dash, linewidth=1.3, label=label)
+                largest = max([memory.train_peak_allocated_bytes / GIB, *(s.value.max() for _, s in series)])
+                _level(axis, value / GIB, f"{label} {size(value)}", largest, INK, dash)
                 description += f" {label.capitalize()}: {size(value)}."
     axis.set_ylim(bottom=0)
     axis.margins(y=0.25)
@@ -170,41 +175,6 @@ def components_chart(run: RunData) -> Drawing | None:
     return finish(figure, "components", "What the memory is for", description)
 
 
-def lengths_chart(split: SplitManifest, cap_tokens: int | None) -> Drawing | None:
-    """Token lengths of each split on one scale, with the cap."""
-    parts: list[tuple[str, LengthStats]] = [
-        (name, info.tokens)
-        for name, info in (("train", split.train), ("validation", split.validation), ("test (sealed)", split.test))
-        if info.tokens.histogram_counts and info.tokens.rows
-    ]
-    if not parts:
-        return None
-    figure, axes = new_figure(len(parts), 1, height=0.6 + 1.15 * len(parts), share_x=True)
-    for axis, (name, stats), color in zip(axes, parts, SERIES_COLORS, strict=False):
-        axis.stairs(stats.histogram_counts, stats.histogram_edges, fill=True, color=color, alpha=0.3)
-        axis.stairs(stats.histogram_counts, stats.histogram_edges, color=color, linewidth=1.2)
-        axis.axvline(stats.median, color=INK, linewidth=1.1, linestyle="-", label=f"median {number(stats.median, 0)}")
-        axis.axvline(
-            stats.p95, color=INK, linewidth=1.1, linestyle=(0, (5, 2)), label=f"95% below {number(stats.p95, 0)}"
-        )
-        if cap_tokens is not None:
-            axis.axvline(cap_tokens, color=RED, linewidth=1.6, linestyle=(0, (1.2, 1.6)), label=f"cap {cap_tokens:,}")
-        axis.set_title(f"{name}: {stats.rows:,} rows")
-        axis.set_ylim(bottom=0)
-        axis.set_xlim(left=0)
-        axis.set_ylabel("rows")
-        axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), ncols=3)  # beside the title, off the lines
-    step_axis(axes[-1], "tokens in an example")
-    description = " ".join(
-        f"{name}: {stats.rows:,} rows of {stats.min:,} to {stats.max:,} tokens, median {number(stats.median, 0)}, "
-        f"95% below {number(stats.p95, 0)}."
-        for name, stats in parts
-    )
-    if cap_tokens is not None:
-        description += f" Cap: {cap_tokens:,} tokens."
-    return finish(figure, "lengths", "Token lengths of each split", description)
-
-
 def comparison_chart(runs: Sequence[RunData], labels: Sequence[str], metric: str, title: str) -> Drawing | None:
     """One metric of several runs, overlaid."""
     figure, (axis,) = new_figure(height=3.3)
@@ -230,12 +200,23 @@ def _memory_series(history: History) -> Iterator[tuple[str, Series]]:
     """Metrics `memory/…` in GiB; shares and counts are left out."""
     for name in sorted(history.series):
         series, label = history.get(name), name.removeprefix("memory/")
-        if not name.startswith("memory/") or not len(series):
+        if not name.startswith("memory/") or name == _NOT_MEASURED or not len(series):
             continue
         if label.endswith("_bytes"):
-            yield label.removesuffix("_bytes").replace("_", " "), Series(series.step, series.value / GIB)
+            label = label.removesuffix("_bytes")
+            yield _MEMORY_NAMES.get(label, label.replace("_", " ")), Series(series.step, series.value / GIB)
         elif label.endswith("_gib"):
             yield label.removesuffix("_gib").replace("_", " "), series
+
+
+def _level(
+    axis: Axes, value: float, label: str, largest: float, color: str, dash: tuple[int, tuple[float, ...]]
+) -> None:
+    """A planned value as a horizontal line; one far beyond the curves stands in the legend only."""
+    if value <= _LEVEL_SHOWN_UNTIL * largest:
+        axis.axhline(value, color=color, linestyle=dash, linewidth=1.3, label=label)
+    else:
+        axis.plot([], [], color=color, linestyle=dash, linewidth=1.3, label=f"{label}, beyond this axis")
 
 
 def _line(axis: Axes, series: Series, index: int, label: str, *, markers: bool = False) -> None:
@@ -329,6 +310,7 @@ def _flag(axis: Axes, step: float, text: str, color: str, height: float) -> None
         color=color,
         fontsize=8.5,
         fontweight="bold",
+        bbox={"facecolor": SURFACE, "edgecolor": "none", "pad": 0.8},
     )
 
 

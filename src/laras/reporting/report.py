@@ -15,7 +15,7 @@ from laras import __version__
 from laras.config_file import config_to_yaml
 from laras.errors import ConfigError, RunStateError
 from laras.records import write_atomically
-from laras.reporting import charts, formatting
+from laras.reporting import charts, data_charts, formatting
 from laras.reporting.drawing import Drawing, drawing_style
 from laras.reporting.history import BUCKETS, Series
 from laras.reporting.run_data import RunData, load_run_data
@@ -98,7 +98,7 @@ def _run_page(run: RunData) -> dict[str, Any]:
         "optimization": charts.optimization_chart(run),
         "memory": charts.memory_chart(run),
         "components": charts.components_chart(run),
-        "lengths": charts.lengths_chart(run.split, cap) if run.split else None,
+        "lengths": data_charts.lengths_chart(run.split, cap) if run.split else None,
     }
     problems = run.profile.problems if run.profile else ()
     return {
@@ -179,7 +179,11 @@ def _comparison_page(runs: Sequence[RunData]) -> dict[str, Any]:
         "drawings": [drawing for drawing in drawings if drawing is not None],
         "verdicts": [verdict(run) for run in runs],
         "differences": _differences(runs),
-        "same_test": len({run.split.test.sha256 for run in runs if run.split}) <= 1,
+        "different_splits": [
+            name
+            for name in ("validation", "test")
+            if len({getattr(run.split, name).sha256 for run in runs if run.split}) > 1
+        ],
     }
 
 
@@ -207,5 +211,5 @@ def _differences(runs: Sequence[RunData]) -> list[tuple[str, list[str]]]:
         for run in runs
     ]
     keys = sorted({key for value in values for key in value} - {"config: run_name", "config: output_dir"})
-    rows = [(key, [str(value.get(key, formatting.DASH)) for value in values]) for key in keys]
+    rows = [(key, [formatting.plain(value.get(key)) for value in values]) for key in keys]
     return [(key, texts) for key, texts in rows if len(set(texts)) > 1]
