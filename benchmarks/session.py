@@ -1,0 +1,119 @@
+"""Everything that a GPU has to say, in one call and by priority: tests, cases, peers, variants.
+
+    python benchmarks/throughput.py --session --out DIR --peers PEERS --budget-s 540
+
+Each result is a line of DIR/throughput.jsonl as soon as it is there, and what has a line is not run again, so that a
+second call goes on where the first ran out of time. PEERS holds the peers' runner (`go.sh`, `bench_peers.py`); without
+it they are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import throughput
+
+REPOSITORY = Path(__file__).parent.parent
+TESTS_S, CASE_S, PEER_S = 200, 75, 110  # most seconds of one; a case takes 20
+KERNEL = "unpack_kernel=1"
+# (what, case): `laras` runs here, the others are peers at that many tokens a step or of that shape.
+ORDER = [
+    ("tests", "tests/gpu"),
+    ("laras", "qlora_full_16k"), ("laras", f"qlora_full_16k@{KERNEL}"),
+    ("laras", "lora_16k"), ("laras", "lora_full_16k"),
+    ("16k", "unsloth_qlora_pack_gc"), ("16k", "unsloth_pack"), ("16k", "unsloth_pack_gc"),
+    ("laras", "lora_8k"), ("laras", "qlora_full_8k"), ("laras", f"qlora_full_8k@{KERNEL}"),
+    ("laras", f"qlora_full_8k@{KERNEL},graph=1"),
+    ("8k", "unsloth_pack"), ("8k", "unsloth_qlora_pack_gc"),
+    ("laras", "lora_full_8k"), ("8k", "unsloth_pack_gc"), ("8k", "trl_pad8_gc"), ("laras", "unoptimised"),
+    ("7b", "unsloth_qlora_pack_gc"), ("laras", "7b_qlora_full_8k"), ("laras", f"7b_qlora_full_8k@{KERNEL}"),
+    # What each change since v4 does to the case that it was made for.
+    ("laras", "qlora_full_16k@qkv_again=0"), ("laras", "qlora_full_16k@middle_in_chunks=0"),
+    ("laras", "qlora_full_16k@grouped_sums=0"), ("laras", "qlora_full_16k@product_in_up=0"),
+    ("laras", "qlora_full_16k@own_halves=0"), ("laras", "qlora_full_16k@middle_in_place=0"),
+    ("laras", "lora_16k@whole_heads=0"), ("laras", "lora_16k@grouped_sums=0"), ("laras", "lora_full_16k@own_halves=0"),
+    ("laras", f"qlora_full_16k@{KERNEL},chunk=2048"), ("laras", f"qlora_full_16k@{KERNEL},graph=1"),
+    ("laras", "lora_selective_16k"), ("laras", "transformers_layers_16k"),
+]  # fmt: skip
+
+
+def run_session(arguments):
+    """Runs what has no line yet, until the budget is spent."""
+    started = time.time()
+    done = _done(arguments.out / "throughput.jsonl")
+    for what, case in ORDER:
+        name = case if what in ("laras", "tests") else f"{case}@{what}"
+        left_s = arguments.budget_s - (time.time() - started)
+        if name in done or (what not in ("laras", "tests") and arguments.peers is None):
+            continue
+        if left_s < (5 if throughput.TINY else 25):
+            break
+        if what == "tests":
+            result = _tests(min(left_s, TESTS_S))
+        elif what == "laras":
+            result = throughput.run_case(name, arguments, min(left_s, CASE_S * (2 if case.startswith("7b") else 1)))
+        else:
+            result = _peer(case, what, arguments, min(left_s, PEER_S))
+        throughput.keep(result, arguments.out)
+    throughput.report(arguments.out)
+
+
+def _done(file):
+    if not file.exists():
+        return set()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    return {row["name"] for row in rows if "error" not in row}
+
+
+def _tests(limit_s):
+    """The GPU's tests; the lines of those that failed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rf", "--tb=line", "-p", "no:cacheprovider", "tests/gpu"]
+    started = time.time()
+    try:
+        ran = subprocess.run(
+            command, cwd=REPOSITORY, capture_output=True, text=True, timeout=limit_s, check=False, env=os.environ
+        )
+        text = ran.stdout
+    except subprocess.TimeoutExpired as stopped:
+        output = stopped.stdout or b""
+        text = (output.decode() if isinstance(output, bytes) else output) + "\nout of time"
+    counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|errors?)", text)}
+    failed = [line for line in text.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    result = {"name": "tests/gpu", **counts, "wall_s": round(time.time() - started, 1)}
+    if failed or not counts:
+        result |= {"failed_tests": failed[:40], "tail": text[-3000:]}
+    return result if counts else {**result, "error": "the tests did not end"}
+
+
+def _peer(case, what, arguments, limit_s):
+    """One case of the peers' runner, in the environment that `go.sh` installs once."""
+    marker = arguments.root / "peers_installed"
+    arguments.root.mkdir(parents=True, exist_ok=True)
+    if not marker.exists() and (arguments.peers / "go.sh").exists() and not throughput.TINY:
+        subprocess.run(["bash", str(arguments.peers / "go.sh"), "--list"], check=False, stdout=sys.stderr)
+        marker.touch()
+    environment = {**os.environ, "PACK_ROWS": "4" if what == "16k" else "2"}
+    environment |= {"SITE": "/tmp/site", "SITE_TRL": "/tmp/site_trl", "SITE_XF": "/tmp/site_xf"}
+    if what == "7b":
+        environment["SHAPE"] = "7b"
+    command = [sys.executable, str(arguments.peers / "bench_peers.py"), "--only", case, "--root", str(arguments.root)]
+    command += ["--out", str(arguments.out / "peers"), "--budget", str(int(limit_s)), "--timeout", str(int(limit_s))]
+    command += ["--tiny"] if throughput.TINY else []
+    name = f"{case}@{what}"
+    try:
+        ran = subprocess.run(
+            command, capture_output=True, text=True, timeout=limit_s + 10, check=False, env=environment
+        )
+    except subprocess.TimeoutExpired:
+        return {"name": name, "error": f"out of time after {limit_s:.0f} s"}
+    lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+    found = next((line for line in lines if line.get("name") == case), None)
+    if found is None or not found.get("ok"):
+        return {**(found or {}), "name": name, "error": (found or {}).get("error", (ran.stdout + ran.stderr)[-1500:])}
+    return {**found, "name": name}
