@@ -5,6 +5,8 @@
     python benchmarks/memory.py measure     # one GPU, random weights: results/memory_measured.jsonl
     python benchmarks/memory.py report      # joins them: results/memory.md
 
+`golden` writes tests/fixtures/golden_predictions.jsonl, for when a change is meant to move predictions.
+
 With --blind the shapes are others, never measured before, and the files `memory_blind_*`: the predictions carry the time
 and a digest of the code that made them, and are never written again.
 
@@ -301,6 +303,36 @@ def predict(out: Path, only: str, found: list[Case]) -> None:
             print(f"{case.key:50} {row.get('train_MiB', 0):10.1f} {row.get('error', '')}", flush=True)
 
 
+# ------------------------------------------------------------ golden
+
+GOLDEN = Path(__file__).parents[1] / "tests" / "fixtures" / "golden_predictions.jsonl"
+_GOLDEN_EVERY = 5  # of the published cases
+
+
+def golden(out: Path) -> None:
+    """Writes what today's code predicts for some published cases; a test sees when that moves."""
+    from laras.models.simulation import trace_step
+    from laras.planning.architecture import model_spec_from_config
+    from laras.planning.catalogue import find_gpu
+    from laras.planning.simulated import summary_of
+
+    hardware = find_gpu("h100").to_hardware()
+    with out.open("w") as file:
+        for case in cases()[::_GOLDEN_EVERY]:
+            choices, spec = choices_of(case), model_spec_from_config(_shape(case), case.model)
+            with tempfile.TemporaryDirectory() as folder:
+                config = _config_folder(case, folder)
+                trace = trace_step(config, choices, spec.layers, hardware, documents_of(choices))
+            row = {
+                "key": case.key,
+                "config": _shape(case),
+                "choices": choices.model_dump(mode="json"),
+                "documents": documents_of(choices),
+                "predicted": summary_of(trace, spec.layers),
+            }
+            print(json.dumps(row), file=file, flush=True)
+
+
 # ------------------------------------------------------------ measure
 
 
@@ -573,7 +605,7 @@ def report(predicted: Path, measured: Path, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", choices=["predict", "measure", "report", "list"])
+    parser.add_argument("mode", choices=["predict", "measure", "report", "golden", "list"])
     parser.add_argument("--only", default="")
     parser.add_argument("--blind", action="store_true", help="shapes that were never measured")
     parser.add_argument("--budget-s", type=float, default=400)
@@ -585,6 +617,8 @@ def main() -> None:
     predicted, measured = options.results / f"{name}_predicted.jsonl", options.results / f"{name}_measured.jsonl"
     if options.mode == "list":
         print("\n".join(case.key for case in found), len(found))
+    elif options.mode == "golden":
+        golden(GOLDEN)
     elif options.mode == "predict":
         if options.blind and predicted.exists():
             sys.exit(f"{predicted} exists: blind predictions are made once")

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laras.planning.allocator import CachingAllocator, CapacityExceeded, block_bytes, replay
+from laras.planning.trace import Unrolled
 
 MIB = 2**20
 
@@ -63,3 +64,21 @@ def test_everything_freed_leaves_nothing_allocated_and_only_whole_segments(sizes
     assert allocator.allocated_bytes == 0
     allocator.release_unused()
     assert allocator.reserved_bytes == 0
+
+
+def test_states_that_come_after_the_first_step_keep_its_segments():
+    weights, state, activation = 30 * MIB, 12 * MIB, 50 * MIB
+    events = (weights, state, activation, activation, -4, -3, 8 * MIB, -5)
+    marks = ((0, "weights"), (1, "states"), (2, "batch"), (6, "release"), (7, "evaluation"))
+    before = Unrolled(events, marks)
+    real = before.in_training(2)
+    # weights | activations, then states in the gap that they left, the update | the same again | evaluation
+    assert real.events[:5] == (weights, activation, activation, -3, -2)
+    assert real.events[5] == state
+    assert sum(event > 0 for event in real.events) == 2 + 2 * 3
+    assert real.peaks()["batch"] == before.peaks()["batch"]
+    released = {one: replay(one.events, released_at=one.starts[-1]) for one in (real,)}[real]
+    assert released.peak_reserved_bytes > replay(before.events).peak_reserved_bytes
+    live = [event for event in real.events if event > 0]
+    freed = {-event for event in real.events if event < 0}
+    assert [size for number, size in enumerate(live, 1) if number not in freed] == [weights, state]

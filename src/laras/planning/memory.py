@@ -32,7 +32,7 @@ _WORKSPACE_SM90_BYTES, _WORKSPACE_BYTES = 66 * _MIB, int(16.25 * _MIB)
 # CUDA context with the kernels of a step loaded. Measured on an H100; elsewhere taken on the careful side.
 _CONTEXT_SM90_BYTES, _CONTEXT_BYTES = 770 * _MIB, 600 * _MIB
 # Resident memory of a process that has loaded the libraries and nothing else. Source: `laras train` of a model of 0.1M
-# parameters (torch 2.13, Linux), 553 MiB.
+# parameters (torch 2.13, Linux), 553 MiB; imports alone are 516 MiB. docs/concepts/memory.md has the rest of a CPU run.
 _CPU_PROCESS_BYTES = 550 * _MIB
 # With a capacity cap the allocator fits a step into this multiple of what is allocated; measured.
 _ALLOCATOR_SLACK = 1.03
@@ -132,6 +132,8 @@ def estimate_memory(spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, b
     workspace = workspace_bytes(hardware)
     held = static["gradients"] if case.full or case.keeps_gradients else 0
     kept, moment_bytes, moment = _training_peak(spec, case)
+    if hardware.kind == "cpu" and case.fused:
+        moment_bytes, moment = _with_reference_loss(spec, case, moment_bytes, moment)
     gradients = max(held, static["gradients"] - kept - moment_bytes)
     components = {
         **static,
@@ -238,6 +240,15 @@ def _training_peak(spec: ModelSpec, case: MemoryCase) -> tuple[int, int, str]:
     # Without checkpointing the last layer's own activations are part of what is kept; the embedding's are freed later.
     backward += layer if case.checkpointing else -residual
     return (kept, logits, "logits") if logits > backward else (kept, backward, "layer_backward")
+
+
+def _with_reference_loss(spec: ModelSpec, case: MemoryCase, top: int, moment: str) -> tuple[int, str]:
+    """The top of the peak where the loss of a chunk goes through PyTorch: two more tensors of its logits' size."""
+    tokens = case.micro_batch * case.length_tokens
+    element = _ELEMENT_BYTES[case.precision]
+    chunk = min(tokens, case.loss_chunk_tokens or tokens)
+    loss = element * (4 * spec.hidden_size * tokens + 3 * chunk * spec.vocab_size)
+    return (loss, "logits") if loss > top else (top, moment)
 
 
 def _evaluation_bytes(spec: ModelSpec, case: MemoryCase) -> int:

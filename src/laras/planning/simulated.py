@@ -93,6 +93,24 @@ def simulated_step(
     return SimulatedStep(estimate, fits, trace.work(spec.layers))
 
 
+def summary_of(trace: StepTrace, layers: int) -> dict[str, int]:
+    """A step in a few numbers: peaks in bytes, without workspaces, and what the device and the host have to do."""
+    whole = trace.unroll(layers)
+    training = whole.in_training()
+    result = replay(training.events, first=len(training.until("evaluation")))
+    steps = [part for kind, part in trace.work(layers).items() if kind != "evaluation"]
+    products = [product for part in steps for product in part.products]
+    return {
+        "allocated_bytes": result.allocated_at_first_bytes,
+        "reserved_bytes": result.peak_reserved_bytes,
+        "evaluation_bytes": whole.peaks().get("evaluation", 0),
+        "paged_bytes": trace.paged_bytes(layers),
+        "calls": sum(part.calls for part in steps),
+        "moved_bytes": sum(part.moved_bytes for part in steps),
+        "product_operations": sum(2 * rows * inner * cols * count for (rows, inner, cols, _), count in products),
+    }
+
+
 def _cached(
     simulate: Simulate,
     config: RunConfig,
