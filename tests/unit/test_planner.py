@@ -1,5 +1,7 @@
 """The plan is the fastest that fits, respects what is forced, and says why."""
 
+import time
+
 import pytest
 
 from laras.config import RunConfig
@@ -8,6 +10,8 @@ from laras.planning.architecture import model_spec_from_config
 from laras.planning.catalogue import find_gpu
 from laras.planning.hardware import cpu_hardware
 from laras.planning.planner import _time, plan_training
+from laras.planning.trace import Segment, StepTrace
+from laras.planning.work import Work
 from laras.planning.workload import Workload
 
 
@@ -135,3 +139,33 @@ def test_a_family_that_nobody_has_looked_at_is_not_packed_and_gets_adapters_on_w
     assert result.choices.target_modules == ("all-linear",)
     forced = plan(spec=strange, packing=True)
     assert forced.choices.packing and any("may see each other" in warning for warning in forced.warnings)
+
+
+def test_a_plan_for_any_length_and_batch_is_made_at_once():
+    spec = spec_of().model_copy(update={"max_position_embeddings": 10_000_000})
+
+    def never(*_):
+        raise AssertionError("what is hopeless in closed form is not simulated")
+
+    for keys in ({"max_length": 10_000_000}, {"max_length": 8, "effective_batch_size": 1_000_000}):
+        started = time.process_time()
+        simulate = never if keys["max_length"] > 8 else None
+        plan_training(RunConfig(**keys), None, None, spec, find_gpu("t4").to_hardware(), simulate)
+        assert time.process_time() - started < 3
+
+
+def test_of_candidates_about_as_fast_the_simulated_steps_decide(monkeypatch, tmp_path):
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path))
+    seen = []
+
+    def simulate(config, choices, layers, hardware, documents):
+        seen.append(choices.per_device_train_batch_size)
+        # Everything fits; the second one asked for has a tenth of the host's work.
+        work = Work(calls=10_000 if len(seen) == 1 else 1_000)
+        return StepTrace(layers, (Segment("weights", 0, -1, (10**9,)), Segment("forward", 0, 0, (10**6, -2), work)))
+
+    result = plan_training(RunConfig(max_length=1024), None, None, spec_of(), find_gpu("h100").to_hardware(), simulate)
+    assert len(seen) == 2
+    assert result.choices.per_device_train_batch_size == seen[1]
+    assert result.memory.method == "simulation"
+    assert all(other.tokens_per_s <= result.time.tokens_per_s for other in result.alternatives if other.fits)

@@ -1,0 +1,33 @@
+"""A plan reads well in a terminal of any width, without colour."""
+
+import pytest
+
+from laras.cli.plan import _SHOWN, show_plan
+from laras.config import RunConfig
+from laras.planning.architecture import model_spec_from_config
+from laras.planning.catalogue import find_gpu
+from laras.planning.planner import plan_training
+
+SPEC = model_spec_from_config(
+    {
+        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "vocab_size": 128256, "max_position_embeddings": 8192,
+    },
+    "meta-llama/Llama-3.1-8B",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [80, 100, 140])
+@pytest.mark.parametrize("keys", [{}, {"load_in_4bit": False}], ids=["fits", "does not fit"])
+def test_choices_stand_whole_on_lines_that_fit(monkeypatch, capsys, width, keys):
+    monkeypatch.setenv("COLUMNS", str(width))
+    plan = plan_training(RunConfig(max_length=2048, **keys), None, None, SPEC, find_gpu("t4").to_hardware())
+    show_plan(plan)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= width
+    for name in _SHOWN:
+        assert sum(line.startswith(f"{name}: ") for line in lines) == 1, name
+    assert "load_in_4bit: true" in "\n".join(lines) if not keys else any(line.endswith(" fits") for line in lines)
+    assert "\x1b" not in "\n".join(lines)
+    reasons = [line.partition(": ")[2] for line in lines if line.startswith(_SHOWN)]
+    assert all(len(reason) > 10 for reason in reasons)
