@@ -28,6 +28,7 @@ from laras.errors import (
     MissingExtraError,
     RunStateError,
     SealedTestError,
+    TrainingAborted,
     TrainingInterrupted,
 )
 from laras.progress import Observer, StepReport
@@ -268,6 +269,10 @@ def test_a_finite_space_is_tried_once_and_values_that_do_not_go_together_end_not
     assert some.record.best == 0
     failed = [trial for trial in some.record.trials if trial.status == "failed"]
     assert failed and all("is not a multiple of" in str(trial.reason) for trial in failed)
+    with pytest.raises(TrainingAborted, match="none of 2 trials") as none:
+        sweep("nothing", trials=2, memory_budget_fraction=1e-9, **quick)
+    assert len(none.value.problems) == 2 and all("does not fit" in problem for problem in none.value.problems)
+    assert none.value.exit_code == ExitCode.ABORTED
 
 
 def test_another_process_that_sweeps_in_the_folder_is_refused_with_exit_code_7(

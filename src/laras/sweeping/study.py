@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from laras.errors import MissingExtraError, RunStateError
+from laras.errors import MissingExtraError, RunStateError, TrainingAborted
 from laras.sweep_record import Setting, SweepParameter
 from laras.sweeping.space import combinations
 
@@ -39,6 +40,26 @@ def require_optuna() -> None:
     """
     if find_spec("optuna") is None:
         raise MissingExtraError("a sweep needs Optuna, which is not installed", hint="pip install 'laras[sweep]'")
+
+
+class StudyUnwritableError(TrainingAborted):
+    """The storage refuses to take what it is told, say for a full disk."""
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    """Storage errors in the words of Laras, whatever layer below they come from."""
+    import optuna
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (optuna.exceptions.StorageInternalError, SQLAlchemyError) as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise StudyUnwritableError(
+            f"the study of the sweep cannot be written: {reason:.200}",
+            hint="make room, then start the same sweep again; it goes on where it was",
+        ) from error
 
 
 class Study:
@@ -95,9 +116,10 @@ class Study:
         if values is None and (count := combinations(self._space)) is not None and len(self._tried()) >= count:
             return None
         chosen = dict(values) if values is not None else self._propose()
-        self._study.add_trial(  # with its values in one transaction
-            create_trial(state=TrialState.RUNNING, params=chosen, distributions=self._distributions)
-        )
+        with _storing():
+            self._study.add_trial(  # with its values in one transaction
+                create_trial(state=TrialState.RUNNING, params=chosen, distributions=self._distributions)
+            )
         return self.unfinished()
 
     def _tried(self) -> set[tuple[Any, ...]]:
@@ -172,7 +194,8 @@ class StudyTrial:
             known = loss if math.isfinite(loss) else math.inf
             lowest = min([known, *(value for number, value in self._reported.items() if number < evaluation)])
             self._reported[evaluation] = lowest
-            self._trial.report(lowest, evaluation)
+            with _storing():
+                self._trial.report(lowest, evaluation)
 
     def should_prune(self) -> bool:
         """Whether the lowest loss so far is above the median of the finished trials at this evaluation."""
@@ -180,25 +203,29 @@ class StudyTrial:
 
     def note_pruned(self, step: int, reason: str) -> None:
         """Keeps the decision, before anybody acts on it."""
-        self._trial.set_user_attr(_REASON, reason)
-        self._trial.set_user_attr(_PRUNED_AT, step)
+        with _storing():
+            self._trial.set_user_attr(_REASON, reason)
+            self._trial.set_user_attr(_PRUNED_AT, step)
 
     def finish(self, loss: float) -> None:
         """The trial ended with this lowest validation loss."""
-        self._study.tell(self.number, loss)
+        with _storing():
+            self._study.tell(self.number, loss)
 
     def prune(self) -> None:
         """The trial was pruned."""
         from optuna.trial import TrialState
 
-        self._study.tell(self.number, state=TrialState.PRUNED)
+        with _storing():
+            self._study.tell(self.number, state=TrialState.PRUNED)
 
     def fail(self, reason: str) -> None:
         """The trial cannot be trained with these values."""
         from optuna.trial import TrialState
 
-        self._trial.set_user_attr(_REASON, reason)
-        self._study.tell(self.number, state=TrialState.FAIL)
+        with _storing():
+            self._trial.set_user_attr(_REASON, reason)
+            self._study.tell(self.number, state=TrialState.FAIL)
 
 
 def reason_of(trial: FrozenTrial) -> str | None:

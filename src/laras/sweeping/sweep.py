@@ -6,6 +6,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -129,7 +130,8 @@ class _Sweep:
                     return self._finish(deadline_s)
                 except BaseException:
                     if self.record.status == "running":
-                        self._save("interrupted")
+                        with suppress(OSError):  # nothing can be written: the study knows as much
+                            self._save("interrupted")
                     raise
         finally:
             self.study.close()

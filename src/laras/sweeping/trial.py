@@ -18,7 +18,7 @@ from laras.reporting.history import read_history
 from laras.rundir import CONFIG_NAME, RunDir
 from laras.sweep_record import trial_dir
 from laras.sweeping.space import with_values
-from laras.sweeping.study import StudyTrial
+from laras.sweeping.study import StudyTrial, StudyUnwritableError
 from laras.training.checkpoints import WRITE_ERRORS
 from laras.training.signals import StopRequest
 
@@ -66,8 +66,8 @@ class Trials:
                 raise
             trial.prune()
         except (PlanError, TrainingAborted, _UnfitValues) as error:
-            if isinstance(error.__cause__, WRITE_ERRORS):  # a full disk is no property of the values
-                raise
+            if isinstance(error, StudyUnwritableError) or isinstance(error.__cause__, WRITE_ERRORS):
+                raise  # a full disk is no property of the values
             trial.fail(error.message)
         else:
             self._finish(trial, run_dir, result)
