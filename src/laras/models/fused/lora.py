@@ -20,10 +20,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from laras.models.fused import variant
 
 ADAPTER = "default"
+
+
+class _OptimizerSteps:
+    """How many steps all optimizers have taken: fused and 8-bit ones change weights without raising their version."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        register_optimizer_step_post_hook(self._count)
+
+    def _count(self, optimizer: Any, arguments: Any, keywords: Any) -> None:
+        self.count += 1
+
+
+_STEPS = _OptimizerSteps()
 
 
 class LoraGroup:
@@ -83,7 +98,7 @@ class LoraGroup:
     def refresh(self) -> None:
         """Copies the adapters beside the weights, in the arithmetic's type, when they have changed."""
         self.unload()  # what a step that broke off left behind
-        versions = tuple(parameter._version for parameter in self.adapters)
+        versions = (_STEPS.count, *(parameter._version for parameter in self.adapters))
         if versions == self._versions:
             return
         self._versions = versions
