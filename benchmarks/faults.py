@@ -2,6 +2,7 @@
 
     python benchmarks/faults.py                    # everything; about half an hour on 2 cores
     python benchmarks/faults.py --kills 20 --steps 500 --only kills
+    python benchmarks/faults.py --gpu              # kills on a GPU in deterministic mode: see faults_gpu.py
 
 kills   a tiny run is killed with SIGKILL at random instants (saving and evaluating included) and resumed until it ends;
         adapter, optimizer, counters, metrics and stopping step must be those of a run that was never killed
@@ -33,6 +34,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
+import faults_gpu
 import psutil
 import torch
 
@@ -235,22 +237,28 @@ def wear(folder: Path, steps: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--kills", type=int)
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--only", choices=("kills", "disk", "flat"))
+    parser.add_argument("--gpu", action="store_true", help="at least 12 kills of runs on a GPU, and nothing else")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of --gpu")
+    parser.add_argument("--gpu-session", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    results: dict[str, Any] = (
-        json.loads(path.read_text()) if (path := arguments.results).exists() and arguments.only else {}
-    )
+    if arguments.gpu_session:
+        faults_gpu.run_session(arguments.device)
+        return
+    only = "gpu" if arguments.gpu else arguments.only
+    results: dict[str, Any] = json.loads(path.read_text()) if (path := arguments.results).exists() else {}
     stages: dict[str, Callable[[Path], Any]] = {
-        "kills": lambda folder: sweep_kills(folder, arguments.kills, arguments.seed),
+        "kills": lambda folder: sweep_kills(folder, arguments.kills or 200, arguments.seed),
         "disk": sweep_full_disks,
         "flat": lambda folder: wear(folder, arguments.steps),
+        "gpu": lambda folder: faults_gpu.sweep(folder, arguments.kills or 12, arguments.seed, arguments.device),
     }
     for name, stage in stages.items():
-        if arguments.only in (None, name):
+        if only == name or (only is None and name != "gpu"):
             with tempfile.TemporaryDirectory(prefix="laras-faults-") as folder:
                 started = time.monotonic()
                 results[name] = stage(Path(folder))

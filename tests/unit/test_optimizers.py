@@ -1,0 +1,92 @@
+"""Whatever optimizer moves the adapters, the fused layers compute with what it left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes.optim import AdamW8bit, PagedAdamW8bit
+from torch.optim import SGD, AdamW
+
+import tiny_training as tiny
+from laras.config import RunConfig
+from laras.data.collate import PadCollator
+from laras.models.build import build_model
+from laras.models.step import eager_step, path_of, summed_loss, target_losses
+from laras.progress import Observer
+from laras.training.resume import choose_checkpoint
+from laras.training.run import run_training
+from tiny_models import base_model, tokenizer
+from tiny_training import outcome
+
+CHOICES = {
+    "loss_kind": "chunked", "target_modules": ("all-linear",), "lora_r": 64, "precision": "fp32", "max_length": 32,
+}  # fmt: skip
+OPTIMIZERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "fused": lambda weights: AdamW(weights, lr=1e-2, fused=True),
+    "foreach": lambda weights: AdamW(weights, lr=1e-2, foreach=True),
+    "one by one": lambda weights: AdamW(weights, lr=1e-2, foreach=False),
+    "8 bits": lambda weights: AdamW8bit(weights, lr=1e-2),
+    "8 bits, paged": lambda weights: PagedAdamW8bit(weights, lr=1e-2),
+    "without states": lambda weights: SGD(weights, lr=1e-2),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return base_model("llama", tmp_path_factory.mktemp("base") / "model")
+
+
+def fused_model(base: Path, **changed: Any) -> Any:
+    plan = tiny.plan(4, 1, source=str(base), **{**CHOICES, **changed})
+    model = build_model(RunConfig(model_name_or_path=str(base)), plan.choices, "cpu", Observer())
+    assert path_of(model).fused is not None
+    return model
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_fused_layers_compute_with_the_weights_that_the_optimizer_left(base: Path, name: str) -> None:
+    model = fused_model(base)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer, step = OPTIMIZERS[name](trained), eager_step(model)
+    rows = tiny.rows(4, 1)
+    batch = PadCollator(0)([{key: torch.tensor(row[key]).numpy() for key in ("input_ids", "labels")} for row in rows])
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses.append(float(step(batch, torch.tensor(1.0))))
+        assert all(bool(parameter.grad.any()) for parameter in trained) or len(losses) == 1  # B begins with zeros
+        optimizer.step()
+        with torch.no_grad():
+            torch.testing.assert_close(summed_loss(model, batch), target_losses(model, batch).nll_N.sum())
+    assert losses[2] < losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "paged_adamw_8bit"])
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_resume_with_fused_layers_ends_with_the_same_bytes(
+    base: Path, tmp_path: Path, optim: str, packing: bool
+) -> None:
+    config = RunConfig.model_validate(
+        {
+            "model_name_or_path": str(base), "max_steps": 4, "num_train_epochs": 9, "report_to": [],
+            "early_stopping_patience": None,
+        }
+    )  # fmt: skip
+    changed = {"optim": optim, "packing": packing, "save_steps": 2, "eval_steps": 2}
+    plan = tiny.plan(2, 2, source=str(base), **{**CHOICES, **changed})
+
+    def train(run_dir: Path, resume: int | None) -> None:
+        run_training(
+            config, plan, fused_model(base, **changed), tokenizer(), train_rows=tiny.rows(24, 1),
+            validation_rows=tiny.rows(6, 2), run_dir=run_dir, observer=Observer(),
+            resume_from=choose_checkpoint(run_dir, resume, Observer()) if resume else None,
+        )  # fmt: skip
+
+    train(tmp_path / "run", None)
+    expected = outcome(tmp_path / "run")
+    train(tmp_path / "run", 2)
+    assert outcome(tmp_path / "run") == expected
