@@ -25,7 +25,7 @@ KERNEL = "unpack_kernel=1"
 # (what, case): `laras` runs here, the others are peers at that many tokens a step or of that shape.
 ORDER = [
     ("tests", "tests/gpu"),
-    ("laras", "qlora_full_16k"), ("laras", f"qlora_full_16k@{KERNEL}"),
+    ("laras", "qlora_full_16k"), ("laras", f"qlora_full_16k@{KERNEL}"), ("laras", "qlora_full_16k@offload=1"),
     ("laras", "lora_16k"), ("laras", "lora_full_16k"),
     ("16k", "unsloth_qlora_pack_gc"), ("16k", "unsloth_pack"), ("16k", "unsloth_pack_gc"),
     ("laras", "lora_8k"), ("laras", "qlora_full_8k"), ("laras", f"qlora_full_8k@{KERNEL}"),
@@ -38,6 +38,7 @@ ORDER = [
     ("laras", "qlora_full_16k@grouped_sums=0"), ("laras", "qlora_full_16k@product_in_up=0"),
     ("laras", "qlora_full_16k@own_halves=0"), ("laras", "qlora_full_16k@middle_in_place=0"),
     ("laras", "lora_16k@whole_heads=0"), ("laras", "lora_16k@grouped_sums=0"), ("laras", "lora_full_16k@own_halves=0"),
+    ("laras", "lora_full_16k@offload=1"), ("laras", f"qlora_full_16k@{KERNEL},offload=1,chunk=8192"),
     ("laras", f"qlora_full_16k@{KERNEL},chunk=2048"), ("laras", f"qlora_full_16k@{KERNEL},graph=1"),
     ("laras", "lora_selective_16k"), ("laras", "transformers_layers_16k"),
 ]  # fmt: skip

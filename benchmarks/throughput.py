@@ -276,7 +276,12 @@ def predict(name):
     whole = trace.unroll(layers)
     peaks = {key: round(value / 2**30, 3) for key, value in whole.peaks().items()}
     peak = replay(whole.until("evaluation")).peak_allocated_bytes + workspace_bytes(hardware)
-    return {"name": name, "predicted_allocated_gib": round(peak / 2**30, 3), "without_workspace_gib": peaks}
+    work = trace.work(layers)
+    return {
+        "name": name, "predicted_allocated_gib": round(peak / 2**30, 3), "without_workspace_gib": peaks,
+        "kernels": sum(work[kind].kernels for kind in ("forward", "loss", "backward") if kind in work),
+        "calls": sum(work[kind].calls for kind in ("forward", "loss", "backward") if kind in work),
+    }  # fmt: skip
 
 
 def report(folder):

@@ -178,6 +178,16 @@ def test_every_variant_gives_the_same(folders, expected, monkeypatch, flag, kind
         same(step(model, packed(rows())), expected(name))
 
 
+def test_inputs_in_host_memory_are_those_of_the_step_that_goes_backward(folders, monkeypatch):
+    monkeypatch.setattr(variant, "CHOSEN", Variant(offload=True))
+    model = built(folders["qwen2"], gradient_checkpointing=True, checkpoint_kind="full")
+    first = summed_loss(model, packed(rows()))
+    second = summed_loss(model, packed(rows()))
+    with pytest.raises(RuntimeError, match="each forward pass needs its backward first"):
+        first.backward()
+    second.backward()
+
+
 @pytest.fixture(scope="module")
 def wide_folder(tmp_path_factory):
     """Of a size that 4-bit blocks divide."""

@@ -31,6 +31,7 @@ from laras.models.fused.kernels import (
     swiglu_backward_,
 )
 from laras.models.fused.lora import AdapterSums, LoraGroup
+from laras.models.fused.offload import HostInputs
 from laras.models.fused.variant import Variant
 
 
@@ -56,6 +57,8 @@ class FusedLayer:
     checkpoint_kind: str
     mlp_chunk: int
     variant: Variant
+    number: int = 0
+    inputs: HostInputs | None = None  # where inputs are kept that are all a layer keeps
 
     @property
     def spare(self) -> int:
@@ -108,6 +111,8 @@ class _LayerFunction(torch.autograd.Function):
         layer.down.unload()
         del middle
         ctx.layer, ctx.documents, ctx.hidden = layer, documents, hidden_TD
+        if layer.inputs is not None:
+            ctx.hidden = layer.inputs.store(layer.number, hidden_TD)
         ctx.attended = attended if kept != "full" else None
         ctx.feed = feed
         return out
@@ -117,6 +122,8 @@ class _LayerFunction(torch.autograd.Function):
         layer, documents, hidden = ctx.layer, ctx.documents, ctx.hidden
         attended, feed = ctx.attended, ctx.feed
         ctx.attended = ctx.feed = ctx.hidden = None
+        if layer.inputs is not None:
+            hidden = layer.inputs.load(hidden, gradients[0])
         tokens, width = hidden.shape
         total = _with_room(gradients[0], layer.spare)
         if attended is None:
@@ -338,14 +345,12 @@ def _parts(layer: FusedLayer, attended: _Attended, o_gradient: Tensor) -> Iterat
     else:
         outs = [out[:, start : start + columns] for start in starts]
         gradients = layer.o.input_gradient(o_gradient, slice(0, layer.o.inputs))
+    shape = (-1, each * group, layer.channels)
     for part, start in enumerate(starts):
         place = slice(start, start + columns)
         few = slice(part * each, (part + 1) * each)
-        yield (
-            few,
-            slice(few.start * group, few.stop * group),
-            outs.pop(0).unflatten(1, (-1, layer.channels)),
-            (layer.o.input_gradient(o_gradient, place) if gradients is None else gradients[:, place]).unflatten(
-                1, (-1, layer.channels)
-            ),
-        )
+        many = slice(few.start * group, few.stop * group)
+        if gradients is None:
+            yield few, many, outs.pop(0).view(shape), layer.o.input_gradient(o_gradient, place).view(shape)
+        else:
+            yield few, many, outs.pop(0).view(shape), gradients[:, place].view(shape)

@@ -7,6 +7,7 @@ the fused layers refuse. Shapes: B rows, T tokens, D hidden, N target tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from laras.models.fused.kernels import rms_norm_, rms_norm_backward_
 from laras.models.fused.layer import FusedLayer
 from laras.models.fused.lora import ADAPTER, LoraGroup
 from laras.models.fused.loss import IGNORE_INDEX, chunked_nll
+from laras.models.fused.offload import HostInputs
 from laras.models.fused.selfcheck import KernelSizes
 from laras.planning.layer_forms import ACTIVATIONS, FUSED_TYPES, LAYER_FORMS, LayerForm, fused_support
 
@@ -45,8 +47,13 @@ class FusedModel:
         self._loss_chunk, self._longest_tokens = loss_chunk, longest_tokens
         config = self._causal.config
         form = LAYER_FORMS[config.model_type]
+        count = len(self._decoder.layers)
+        self._inputs = HostInputs(count) if checkpoint_kind == "full" and variant.CHOSEN.offload else None
         self.layers = [
-            _fused_layer(layer, config, form, dtype, checkpoint_kind, mlp_chunk) for layer in self._decoder.layers
+            replace(
+                _fused_layer(layer, config, form, dtype, checkpoint_kind, mlp_chunk), number=number, inputs=self._inputs
+            )
+            for number, layer in enumerate(self._decoder.layers)
         ]
         self._norm = _norm_weight(self._decoder.norm, form), config.rms_norm_eps
         self._spare = self.layers[-1].spare  # kept apart, as planning wraps the layers
@@ -81,6 +88,8 @@ class FusedModel:
         hidden_TD = self._decoder.embed_tokens(input_ids.view(-1)).detach()
         cos, sin = self._decoder.rotary_emb(hidden_TD, positions)
         documents = Documents(cu_seqlens, longest, cos[0], sin[0])
+        if self._inputs is not None:
+            self._inputs.begin()
         for layer in self.layers:
             hidden_TD = layer(hidden_TD, documents)
         targets_T = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX).flatten()

@@ -26,6 +26,8 @@ class Variant:
         grouped_sums: The gradients of a group's adapters are summed as two tensors and scaled once, at the end.
         unpack_kernel: One launch unpacks the 4-bit weights of a group into place. Off: it has run in Triton's
             interpreter, bit for bit as bitsandbytes, and on no GPU yet.
+        offload: Layers that keep their input alone keep it in host memory. Off: nothing of it was timed, and plans do
+            not know it.
     """
 
     whole_heads: bool = True
@@ -36,6 +38,7 @@ class Variant:
     product_in_up: bool = True
     grouped_sums: bool = True
     unpack_kernel: bool = False
+    offload: bool = False
 
 
 CHOSEN = Variant()
