@@ -94,7 +94,7 @@ def _base(config: RunConfig, choices: PlanChoices, device: str) -> Any:
 
 
 def _path(model: nn.Module, choices: PlanChoices, observer: Observer) -> ExecutionPath:
-    refusal = fused_refusal(model, choices.max_length) if choices.fused_layers else "set by the plan"
+    refusal = fused_refusal(model, choices.max_length) if choices.fused_layers else "as planned"
     if refusal is None and choices.loss_kind == "full":
         refusal = "the plan keeps full logits"
     if refusal is None:
