@@ -16,6 +16,7 @@ qlora_8bit   4-bit base, states of the optimizer in 8 bits and paged (where bits
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -49,9 +50,7 @@ class Session:
 
     def __init__(self, device: str) -> None:
         command = [sys.executable, str(Path(__file__).with_name("faults.py")), "--gpu-session", "--device", device]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
-        )
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
 
     def begin(self, run_dir: Path, scenario: str) -> None:
         """Lets it train; returns when the first step begins."""
@@ -200,6 +199,7 @@ def run_session(device: str) -> None:
     from laras.training.resume import choose_checkpoint
     from laras.training.run import run_training
 
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as `laras train` does
     request = json.loads(sys.stdin.readline())
     run_dir, changed = Path(request["run_dir"]), dict(SCENARIOS[request["scenario"]])
     if device == "cpu":

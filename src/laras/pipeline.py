@@ -411,6 +411,8 @@ def _run_training(
         resume_from = _from_rank_zero(choose)
         tokenizer = _load_tokenizer(config, observer)
         observer.stage_started("loading the model")
+        if config.full_determinism:  # cuBLAS reads it once, at the first matrix product
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         model = build_model(config, chosen.choices, str(_device()), observer)
         result = run_training(
             config,

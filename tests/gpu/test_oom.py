@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,16 +13,17 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 import tiny_training as tiny
 from laras.models.step import TrainStep, eager_step
-from laras.records import RunResult
+from laras.records import PlanRevision, RunResult
 from laras.training.run import run_training
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 ROWS, LENGTH = 32, 512
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once, at the first matrix product of the process
 
 
 def model() -> Any:
@@ -41,9 +44,19 @@ def rows(count: int, seed: int) -> Dataset:
 
 
 @pytest.fixture(autouse=True)
-def whole_memory() -> Iterator[None]:
+def as_before() -> Iterator[None]:
+    """What a run in deterministic mode and `allow` leave in the process."""
+    names = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_LAUNCH_BLOCKING", "FLASH_ATTENTION_DETERMINISTIC")
+    before = {name: os.environ.get(name) for name in names}
     yield
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.deterministic = False
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     torch.cuda.set_per_process_memory_fraction(1.0)
+    gc.collect()
     torch.cuda.empty_cache()
 
 
@@ -61,9 +74,17 @@ def train(run_dir: Path, make_step: Any = None, **options: Any) -> tuple[RunResu
 
 def allow(extra_bytes: int) -> None:
     """Lets this process allocate so much more than it holds."""
+    gc.collect()
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + extra_bytes) / total)
+
+
+def distance(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
+    """Of all weights together, relative: Adam turns the sign of a gradient near zero into a whole step."""
+    assert found.keys() == expected.keys()
+    one, other = (torch.cat([values[name].flatten() for name in expected]) for values in (found, expected))
+    return float((one - other).norm() / other.norm())
 
 
 class Tightening:
@@ -91,10 +112,53 @@ def test_a_run_that_really_runs_out_of_memory_ends_where_one_with_room_does(tmp_
     tight, found = train(tmp_path / "tight", Tightening(700 * 2**20), rehearse=False)
     kinds = [event.detail for event in tight.events if event.kind == "out_of_memory"]
     assert any("micro-batch 8 rows -> 4 rows" in detail for detail in kinds), tight.events
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=2e-2, atol=2e-4)
+    assert distance(found, expected) < 1e-2
     for one, other in zip(tiny.metrics(tmp_path / "roomy"), tiny.metrics(tmp_path / "tight"), strict=True):
-        assert one == pytest.approx(other, rel=2e-3)
+        assert one == pytest.approx(other, rel=1e-2)
+
+
+def test_the_new_size_is_recorded_and_a_resume_begins_with_it(tmp_path: Path) -> None:
+    tight, _ = train(tmp_path / "run", Tightening(700 * 2**20), rehearse=False)
+    revision = PlanRevision.load(tmp_path / "run")
+    assert revision.train_split_level >= 1 and tight.parent_digest == revision.digest()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    sizes: list[int] = []
+
+    def recording(model: nn.Module) -> TrainStep:
+        inner = eager_step(model)
+
+        def step(batch: Any, scale: torch.Tensor) -> torch.Tensor:
+            sizes.append(len(batch["input_ids"]))
+            return inner(batch, scale)
+
+        return step
+
+    train(tmp_path / "run", recording, rehearse=False)  # from the beginning: no checkpoint tells it
+    assert max(sizes) <= max(1, 8 >> revision.train_split_level)
+
+
+def test_an_evaluation_that_really_runs_out_of_memory_is_finished_with_smaller_batches(tmp_path: Path) -> None:
+    roomy, _ = train(tmp_path / "roomy", rehearse=False)
+    tight, _ = train(tmp_path / "tight", rehearse=False, callbacks=(TightEvaluation(200 * 2**20),))
+    # 1,024 tokens take 262 MB, logits and their logarithms; one row has half of them.
+    details = [event.detail for event in tight.events if event.kind == "out_of_memory"]
+    assert any("evaluation batch 8 -> 4 rows" in detail for detail in details), tight.events
+    assert roomy.best is not None and tight.best is not None
+    assert tight.best.eval_loss == pytest.approx(roomy.best.eval_loss, rel=2e-3)
+
+
+class TightEvaluation(TrainerCallback):
+    """Takes the memory away for the evaluation after step 3 and gives it back for what follows."""
+
+    def __init__(self, extra_bytes: int) -> None:
+        self.extra_bytes = extra_bytes
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.global_step == 3:
+            allow(self.extra_bytes)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        torch.cuda.set_per_process_memory_fraction(1.0)
 
 
 def test_the_rehearsal_finds_it_before_the_first_step_and_leaves_no_trace(tmp_path: Path) -> None:
