@@ -54,7 +54,7 @@ def test_a_conversation_switches_models_remembers_and_forgets(run):
         "/quit ends",
     ):
         assert text in done.stderr
-    assert sum("[base] " in line for line in lines) == 1
+    assert (lines.count("[base]"), lines.count("[tuned]")) == (1, 1)
     first, last = lines[0], done.stdout.rstrip("\n").splitlines()[-1]
     assert first.strip()[:4] == last.strip()[:4]  # forgotten: the same question is answered as at first
 

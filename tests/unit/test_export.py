@@ -209,14 +209,28 @@ def test_an_ollama_export_has_a_modelfile_beside_the_weights(llama, tmp_path):
     assert (done.path / "model.gguf").is_file()
 
 
-def test_a_modelfile_of_another_template_leaves_it_to_ollama(llama):
+def test_a_modelfile_of_another_template_leaves_it_to_ollama():
     words = tiny_models.tokenizer()
-    words.chat_template = None
-    text = export.modelfile(words, export.load_run_data(llama[0]))
-    assert "TEMPLATE" not in text
-    assert 'PARAMETER stop "<|im_end|>"' in text
+    for template in (None, "{{ raise_exception('no') }}", tiny_models.CHATML.replace("<|im_end|>", "<|im_end|> ")):
+        words.chat_template = template
+        text = export.modelfile(words, 256, 512)
+        assert "TEMPLATE" not in text
+        assert 'PARAMETER stop "<|im_end|>"' in text
     words.eos_token = None
-    assert "stop" not in export.modelfile(words, export.load_run_data(llama[0]))
+    assert "stop" not in export.modelfile(words, 256, 512)
+
+
+def test_a_modelfile_keeps_as_much_of_a_conversation_as_the_model_takes_and_its_own_system_words():
+    words = tiny_models.tokenizer()
+    assert "SYSTEM" not in export.modelfile(words, 256, 8192)
+    words.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}<|im_start|>system\nBe kind.<|im_end|>\n{% endif %}"
+        + tiny_models.CHATML
+    )
+    text = export.modelfile(words, 256, 8192)
+    assert 'SYSTEM """Be kind."""' in text and "TEMPLATE" in text
+    for trained, context, kept in ((256, 8192, 4096), (6000, 8192, 6000), (256, 2048, 2048)):
+        assert f"PARAMETER num_ctx {kept}\n" in export.modelfile(words, trained, context)
 
 
 def test_whole_weights_are_copied_and_have_no_adapter(tmp_path, llama):
@@ -258,7 +272,7 @@ def test_without_validation_rows_a_sentence_is_the_probe(tmp_path, llama):
 
 def test_the_model_card_tells_scores_data_settings_and_how_to_load(llama, tmp_path):
     card = (export_run(llama[0], "merged", output=tmp_path / "out").path / "README.md").read_text()
-    for part in ("| base | 2.3100 (2.2400 to 2.3900)", "| tuned | 1.1600", "opened 2 time(s)", "SHA-256", "rank: 8",
+    for part in ("| base | 2.3100 (2.2400 to 2.3900)", "| tuned | 1.1600", "opened 2 times", "SHA-256", "rank: 8",
                  "pipeline(", "licence of the base is not known"):  # fmt: skip
         assert part in card
     assert "base_model" not in yaml.safe_load(card.split("---")[1])  # a folder of this machine is no name for others

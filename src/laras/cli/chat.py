@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -49,9 +50,10 @@ def chat_command(
     if prompt is None:
         _converse(chat)
         return
-    shown = None if as_json else _write
-    answers = chat.ask(prompt, shown)
-    if as_json:
+    if not as_json:
+        _show_answers(chat, prompt)
+    else:
+        answers = chat.ask(prompt, lambda name, piece: None)
         values = {name: {"text": a.text, "tokens": a.tokens, "stopped": a.stopped} for name, a in answers.items()}
         print_json({"run_dir": str(run), "prompt": prompt, "answers": values})
 
@@ -70,20 +72,16 @@ class _Chat:
         """Forgets everything but the system message."""
         self._histories = {name: list(self._system) for name in ("base", "tuned")}
 
-    def ask(self, text: str, show: Callable[[str], None] | None) -> dict[str, Answer]:
-        """Lets each chosen model answer, and keeps what was said."""
+    def ask(self, text: str, show: Callable[[str, str], None]) -> dict[str, Answer]:
+        """Lets each chosen model answer, and keeps what was said; `show` gets the model's name and a piece of text."""
         from laras.evaluation.generate import prompt_ids, stream_answer
 
         answers = {}
         for name in self.names:
             history = [*self._histories[name], {"role": "user", "content": text}]
-            if show and len(self.names) > 1:
-                show(f"[{name}] ")
             with getattr(self.models, name)() as model:
                 ids = prompt_ids(self.models.tokenizer, history)
-                answer = stream_answer(model, self.models.tokenizer, ids, self.settings, show or (lambda _: None))
-            if show:
-                show("\n")
+                answer = stream_answer(model, self.models.tokenizer, ids, self.settings, partial(show, name))
             self._histories[name] = [*history, {"role": "assistant", "content": answer.text}]
             answers[name] = answer
         return answers
@@ -121,11 +119,52 @@ def _converse(chat: _Chat) -> None:
             typer.echo(_HELP, err=True)
         elif text:
             try:
-                chat.ask(text, _write)
+                _show_answers(chat, text)
             except ConfigError as error:
                 typer.echo(f"error: {error}", err=True)
 
 
-def _write(text: str) -> None:
-    sys.stdout.write(text)
+def _show_answers(chat: _Chat, text: str) -> None:
+    """Streams the answers to stdout: two in columns on a terminal, else one after the other under their names."""
+    if len(chat.names) > 1 and sys.stdout.isatty():
+        _show_columns(chat, text)
+        return
+    current = ""
+
+    def write(name: str, piece: str) -> None:
+        nonlocal current
+        if len(chat.names) > 1 and name != current:
+            sys.stdout.write(f"{chr(10) * 2 * bool(current)}[{name}]\n")
+        current = name
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+    chat.ask(text, write)
+    sys.stdout.write("\n")
     sys.stdout.flush()
+
+
+def _show_columns(chat: _Chat, text: str) -> None:
+    from rich.console import Console
+    from rich.live import Live
+    from rich.table import Table
+    from rich.text import Text
+
+    answers = dict.fromkeys(chat.names, "")
+
+    def table() -> Table:
+        columns = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), expand=True)
+        for name in answers:
+            columns.add_column(f"[{name}]".replace("[", "\\["), ratio=1, overflow="fold")
+        columns.add_row(*(Text(answer) for answer in answers.values()))
+        return columns
+
+    console = Console(highlight=False)
+    with Live(table(), console=console, transient=True, vertical_overflow="crop") as live:
+
+        def add(name: str, piece: str) -> None:
+            answers[name] += piece
+            live.update(table())
+
+        chat.ask(text, add)
+    console.print(table())

@@ -39,6 +39,7 @@ ADAPTER_MODEL, ROUNDED_MODEL = "the adapter model", "the model with its weights 
 _TOLERANCES: dict[str, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 6e-2, "f16": 1e-2, "q8_0": 6e-2}
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _PROBE_ROWS, _PROBE_TOKENS = 4, 64
+_OLLAMA_CONTEXT = 4096  # tokens that are kept of a conversation, where the model can take so many
 _PROBE_TEXT = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2."
 # Files of `final/` that belong to the run and not to the model.
 _NOT_EXPORTED = ("manifest.json", "training_args.bin", "README.md")
@@ -161,7 +162,9 @@ def _write(run: RunData, format: Format, folder: Path, quantization: Quantizatio
     observer.stage_started("writing the GGUF file")
     write_gguf(model, tokenizer, folder / GGUF_NAME, quantization, run.name)
     if format == "ollama":
-        (folder / "Modelfile").write_text(modelfile(tokenizer, run), encoding="utf-8")
+        config: Any = model.config
+        text = modelfile(tokenizer, run.plan.choices.max_length, config.max_position_embeddings)
+        (folder / "Modelfile").write_text(text, encoding="utf-8")
     observer.stage_started("checking the result")
     if has_experts(model.config):  # any rounding may change which experts are chosen, and so the logits by any amount
         model.float()  # type: ignore[no-untyped-call]
@@ -261,12 +264,16 @@ def _load_gguf(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
     return loaded
 
 
-def modelfile(tokenizer: PreTrainedTokenizerBase, run: RunData) -> str:
-    """The Modelfile of Ollama: ChatML as a template of its own, others as Ollama recognises them in the GGUF file."""
-    assert run.plan is not None
-    lines = [f"FROM ./{GGUF_NAME}", f"PARAMETER num_ctx {run.plan.choices.max_length}"]
-    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
-    if "<|im_start|>" in template:
+def modelfile(tokenizer: PreTrainedTokenizerBase, trained_tokens: int, context_tokens: int) -> str:
+    """The Modelfile of Ollama: ChatML as a template of its own, others as Ollama recognises them in the GGUF file.
+
+    Args:
+        tokenizer: With the chat template.
+        trained_tokens: Longest example of the training.
+        context_tokens: What the model can take.
+    """
+    lines = [f"FROM ./{GGUF_NAME}", f"PARAMETER num_ctx {min(context_tokens, max(_OLLAMA_CONTEXT, trained_tokens))}"]
+    if _is_chatml(tokenizer):
         lines += [
             'TEMPLATE """{{- range .Messages }}<|im_start|>{{ .Role }}',
             "{{ .Content }}<|im_end|>",
@@ -274,9 +281,34 @@ def modelfile(tokenizer: PreTrainedTokenizerBase, run: RunData) -> str:
             '"""',
             'PARAMETER stop "<|im_end|>"',
         ]
+        if (system := _default_system(tokenizer)) and '"""' not in system:
+            lines.append(f'SYSTEM """{system}"""')
     elif tokenizer.eos_token:
         lines.append(f"PARAMETER stop {json.dumps(str(tokenizer.eos_token))}")
     return "\n".join(lines) + "\n"
+
+
+def _is_chatml(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template writes a conversation just as the template above does."""
+    turns = [{"role": role, "content": f"some {role} words"} for role in ("system", "user", "assistant", "user")]
+    expected = "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns)
+    return _rendered(tokenizer, turns) == expected + "<|im_start|>assistant\n"
+
+
+def _default_system(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """What a ChatML template says as the system when nobody does; the model was tuned behind these words."""
+    text = _rendered(tokenizer, [{"role": "user", "content": "some words"}]) or ""
+    before = text.partition("<|im_start|>user\n")[0]
+    return before.removeprefix("<|im_start|>system\n").removesuffix("<|im_end|>\n") or None
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -> str | None:
+    if tokenizer.chat_template is None:
+        return None
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    except Exception:  # noqa: BLE001 - a template is a program of somebody else; it may refuse this conversation
+        return None
 
 
 def _push(folder: Path, repository: str, observer: Observer) -> str:

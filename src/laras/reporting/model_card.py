@@ -9,7 +9,7 @@ import yaml
 
 from laras import __version__
 from laras.models.builtin import HUB_ID
-from laras.reporting.formatting import interval, number, percent
+from laras.reporting.formatting import interval, number, percent, plain
 from laras.reporting.run_data import RunData
 
 _LICENSES = {HUB_ID: "apache-2.0"}
@@ -105,10 +105,12 @@ def _score_section(run: RunData) -> str:
             f"| {name} | {number(score.loss, 4)} ({interval(score.loss_ci95, 4)}) | {number(score.perplexity, 3)} "
             f"({interval(score.perplexity_ci95, 3)}) | {percent(score.token_accuracy, 2)} |"
         )
+    times = "once" if len(run.openings) == 1 else f"{len(run.openings)} times"
     lines.append(
         f"\n{run.evaluation.tuned.examples:,} examples, {run.evaluation.tuned.target_tokens:,} target tokens; the test "
-        f"set was kept from training and opened {len(run.openings)} time(s). Loss of the base less that of the tuned "
-        f"model: {interval(run.evaluation.loss_improvement_ci95, 4)} (95%). Before quantisation or merging.\n"
+        f"set was kept from training and opened {times}. Improvement in loss, base minus "
+        f"tuned: {interval(run.evaluation.loss_improvement_ci95, 4)} (95%). Measured before merging and before any "
+        "rounding of the weights.\n"
     )
     return "\n".join(lines)
 
@@ -134,4 +136,4 @@ def _settings_section(run: RunData) -> str:
         "schedule": config.lr_scheduler_type, "effective batch": config.effective_batch_size,
         "longest example": f"{choices.max_length} tokens", "steps": run.result.steps, "seed": config.seed,
     }  # fmt: skip
-    return "## Settings\n\n" + "\n".join(f"- {name}: {value}" for name, value in settings.items()) + "\n"
+    return "## Settings\n\n" + "\n".join(f"- {name}: {plain(value)}" for name, value in settings.items()) + "\n"
