@@ -10,6 +10,7 @@ from laras.config import RunConfig
 from laras.errors import LarasError
 from laras.models.build import build_model
 from laras.models.heads import PLAIN_HEAD_TYPES as HEADS_OF_MODELS
+from laras.models.recording import Recorder
 from laras.models.simulation import NotSimulated, trace_step
 from laras.models.step import eager_step
 from laras.planning import candidates
@@ -72,6 +73,8 @@ PATHS = {
     "gemma2, DoRA": ("gemma2", {"use_dora": True, "loss_kind": "full"}),
     "full fine-tuning": ("llama", {"finetuning_type": "full", "loss_kind": "full", "optim": "adamw_torch"}),
     "nf4": ("llama", {"load_in_4bit": True, "gradient_checkpointing": True}),
+    "nf4, plain layers": ("gpt_neox", {"load_in_4bit": True, "loss_kind": "full"}),
+    "int8": ("llama", {"load_in_8bit": True, "fused_layers": False, "gradient_checkpointing": True}),
 }  # fmt: skip
 
 
@@ -163,3 +166,63 @@ def test_what_planning_knows_of_the_paths_is_what_the_paths_say():
 
     assert FUSED_TYPES == FUSED_OF_MODELS
     assert candidates.PLAIN_HEAD_TYPES == HEADS_OF_MODELS
+
+
+def held_after_int8_product(device):
+    """Bytes that the forward of an int8 layer leaves, its input apart, and those that it takes at most."""
+    from bitsandbytes.autograd._functions import MatMul8bitLt, MatmulLtState
+
+    from laras.models.quantized_meta import _register_int8
+
+    _register_int8()
+    torch.manual_seed(0)
+    inputs = torch.randn(64, 256, dtype=torch.float16).clamp_(-5, 5)
+    inputs[3, 7] = 8.0  # one outlier, as the simulation takes it for 256 columns
+    inputs = inputs.to(device).requires_grad_()
+    state = MatmulLtState()
+    state.threshold, state.has_fp16_weights = 6.0, False
+    state.CB = torch.ones(512, 256, dtype=torch.int8, device=device)
+    state.SCB = torch.ones(512, device=device)
+    recorder = Recorder([])
+    with recorder:
+        output = MatMul8bitLt.apply(inputs, state.CB, None, None, state)
+        live = sum(size for size in live_bytes(recorder).values())
+        output.sum().backward()
+    return live, inputs.grad.nbytes
+
+
+def live_bytes(recorder):
+    return {key: reference().nbytes() for key, (reference, _) in recorder._live.items() if reference() is not None}
+
+
+def test_an_int8_product_holds_on_meta_what_it_holds_on_the_cpu():
+    assert held_after_int8_product("meta") == held_after_int8_product("cpu")
+
+
+def test_an_int8_model_is_simulated_with_a_byte_a_weight(simulate):
+    values = shape("llama")
+    trace = simulate(values, load_in_8bit=True, fused_layers=False)
+    spec = model_spec_from_config(values, "m")
+    exact = simulate(values, fused_layers=False)
+    saved = exact.unroll(8).peaks()["weights"] - trace.unroll(8).peaks()["weights"]
+    assert saved == pytest.approx(spec.linear_parameters, rel=0.05)
+
+
+def test_the_products_of_a_step_are_those_that_torch_counts(simulate, tmp_path):
+    from torch.utils.flop_counter import FlopCounterMode
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    small = {"per_device_train_batch_size": 2, "max_length": 64, "precision": "fp32", "fused_layers": False}
+    values = shape("llama", torch_dtype="float32")
+    work = simulate(values, **small).work(SIZES["num_hidden_layers"])
+    steps = [part for kind, part in work.items() if kind != "evaluation"]
+    counted = sum(2 * m * k * n * count for part in steps for (m, k, n, _), count in part.products)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    model = build_model(RunConfig(model_name_or_path=str(tmp_path)), choices(**small), "cpu", Observer())
+    ids = torch.randint(1, 4096, (2, 64))
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    with FlopCounterMode(display=False) as counter:
+        eager_step(model)(batch, torch.ones(()))
+    totals = counter.get_flop_counts()["Global"]
+    products = sum(flops for op, flops in totals.items() if "attention" not in str(op))
+    assert counted == pytest.approx(products, rel=0.02)  # every token a target here, all but the last there

@@ -236,7 +236,7 @@ class _Unroller:
             targets = [layer + owner_layer - _MIDDLE]
         elif owner_layer != _MIDDLE:
             targets = [self._moved(owner_layer)]
-        elif traced_layer == -1:  # the end of the step frees every layer's
+        elif traced_layer == -1 or abs(traced_layer - _MIDDLE) > 1:  # the end of the step, or of the pass, frees all
             targets = list(range(_MIDDLE, self._layers - (TRACED_LAYERS - 1 - _MIDDLE)))
         else:  # a neighbour of the middle layer frees that of the copy next to it
             targets = [_MIDDLE if traced_layer < _MIDDLE else self._layers - TRACED_LAYERS + _MIDDLE]
