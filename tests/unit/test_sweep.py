@@ -44,8 +44,9 @@ WORDS = ["sea", "sun", "tree", "salt", "rain", "road", "bird", "snow", "lamp", "
 SEARCH = {"learning_rate": "1e-5..3e-2:log", "lora_r": [2, 4]}
 TRIALS = 4  # of which the last is pruned
 
-# Two processes sweep one after the other and die by SIGKILL: in the middle of the second trial, and between the
-# decision to prune the last one and its execution. Forked, as to import torch takes longer than to train here.
+# Three processes sweep one after the other and die by SIGKILL: in the middle of the second trial; between the decision
+# to prune the last one and its execution; and between that and its entry in the record. Forked, as to import torch
+# takes longer than to train here.
 DYING = f"""
 import os, signal
 from pathlib import Path
@@ -66,11 +67,16 @@ class Watcher(laras.Observer):
             die()
 
 pipeline._write_report = lambda *_: None
-keep = StudyTrial.note_pruned
-StudyTrial.note_pruned = lambda *words: (keep(*words), die())
-for moment in ("step", "prune"):
+
+def dying(method):
+    keep = getattr(StudyTrial, method)
+    setattr(StudyTrial, method, lambda *words: (keep(*words), die()))
+
+for moment in ("step", "note_pruned", "prune"):
     child = os.fork()
     if not child:
+        if moment != "step":
+            dying(moment)
         laras.sweep("laras.yaml", {SEARCH!r}, trials={TRIALS}, run_name="killed", observer=Watcher())
         os._exit(0)
     _, status = os.waitpid(child, 0)
@@ -185,12 +191,13 @@ def test_a_trial_that_is_behind_the_others_is_pruned_and_stays_a_run_of_its_own(
         assert result.steps < longest
 
 
-def test_a_sweep_killed_twice_goes_on_with_the_same_trials_and_ends_as_if_nothing_had_been(whole: SweepOutcome) -> None:
+def test_a_killed_sweep_goes_on_with_the_same_trials_and_ends_as_if_nothing_had_been(
+    whole: SweepOutcome,
+) -> None:
     done = subprocess.run([sys.executable, "-c", DYING], capture_output=True, text=True, check=False, timeout=240)
     died = f"{int(signal.SIGKILL)} running"
-    assert done.stdout.splitlines() == [
-        f"{died} finished running", f"{died} finished finished finished running"
-    ], done.stderr  # fmt: skip
+    late = f"{died} finished finished finished running"
+    assert done.stdout.splitlines() == [f"{died} finished running", late, late], done.stderr
     folder = whole.sweep_dir.parent / "killed"
     left = load_sweep_data(folder)
     assert (left.record.status, left.record.trials[-1].status, left.record.final) == (
@@ -218,9 +225,19 @@ class Signaller(Observer):
             os.kill(os.getpid(), self.number)
 
 
+class SignalAfterTrial(Observer):
+    """Sends a signal to this process when the first trial has ended."""
+
+    def message(self, text: str) -> None:
+        if text.startswith("trial 000 finished"):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
 def test_a_signal_saves_and_the_folder_alone_says_how_it_goes_on(whole: SweepOutcome, place: Path) -> None:
-    with pytest.raises(TrainingInterrupted, match="SIGTERM") as caught:
-        sweep("stopped", observer=Signaller(signal.SIGTERM, trial=1, step=3))
+    with pytest.raises(TrainingInterrupted, match="SIGINT between two trials"):
+        sweep("stopped", observer=SignalAfterTrial())
+    with pytest.raises(TrainingInterrupted, match="SIGTERM after step 3") as caught:
+        sweep("stopped", observer=Signaller(signal.SIGTERM, trial=0, step=3))
     assert caught.value.exit_code == ExitCode.INTERRUPTED
     folder = Path("runs/stopped")
     assert str(folder) in str(caught.value.hint)
@@ -265,6 +282,7 @@ def test_a_finite_space_is_tried_once_and_values_that_do_not_go_together_end_not
     quick = {"max_steps": 1, "eval_steps": 1}
     both = sweep("finite", trials=5, search={"lora_r": "2,4"}, **quick)
     assert sorted(trial.values["lora_r"] for trial in both.record.trials) == [2, 4]
+    assert sweep("finite", trials=9, search={"lora_r": "2,4"}, **quick).record == both.record
     some = sweep("odd", trials=3, search=["effective_batch_size=8..16"], **quick)
     assert some.record.best == 0
     failed = [trial for trial in some.record.trials if trial.status == "failed"]

@@ -113,7 +113,7 @@ class Study:
         """Begins the next trial, with the values given or proposed; None when all combinations were tried."""
         from optuna.trial import TrialState, create_trial
 
-        if values is None and (count := combinations(self._space)) is not None and len(self._tried()) >= count:
+        if values is None and self.is_exhausted():
             return None
         chosen = dict(values) if values is not None else self._propose()
         with _storing():
@@ -121,6 +121,11 @@ class Study:
                 create_trial(state=TrialState.RUNNING, params=chosen, distributions=self._distributions)
             )
         return self.unfinished()
+
+    def is_exhausted(self) -> bool:
+        """Whether every combination of a finite space is a trial."""
+        count = combinations(self._space)
+        return count is not None and len(self._tried()) >= count
 
     def _tried(self) -> set[tuple[Any, ...]]:
         return {_key(trial.params) for trial in self.trials()}

@@ -138,7 +138,8 @@ class _Sweep:
 
     def _is_complete(self) -> bool:
         ended = [trial for trial in self.study.trials() if trial.state.is_finished()]
-        return self.record.status == "finished" and len(ended) >= self.wanted and self.record.final is not None
+        is_enough = len(ended) >= self.wanted or self.study.is_exhausted()
+        return self.record.status == "finished" and self.record.final is not None and is_enough
 
     def _refuse_if_opened(self) -> None:
         final = self.record.final
@@ -150,6 +151,8 @@ class _Sweep:
             )
 
     def _train(self, shared: Trials) -> None:
+        self._save("running")  # a process may have died between the end of a trial and its entry in the record
+        self._remove_checkpoints()
         while trial := self._next(shared):
             self._save("running")
             self.observer.message(f"trial {trial.number:03d}: {values_text(self.record.trials[trial.number])}")
