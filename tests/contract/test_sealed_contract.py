@@ -116,13 +116,19 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "chats.jsonl").write_text("\n".join(planted()) + "\n", encoding="utf-8")
     (folder / "laras.yaml").write_text(
         "model_name_or_path: model\ndataset: chats.jsonl\nmax_steps: 2\neffective_batch_size: 4\nmax_length: 512\n"
-        "report_to: [tensorboard]\nrun_name: one\n",
+        "report_to: [tensorboard, wandb]\nrun_name: one\n",
         encoding="utf-8",
     )
-    done = command("train", "laras.yaml", cwd=folder, HOME=str(folder))
+    usual = {"HOME": str(folder), "XDG_CACHE_HOME": str(folder / "cache"), "WANDB_MODE": "offline"}
+    done = command("train", "laras.yaml", "learning_rate=1e-3", "--test", cwd=folder, **usual)
     assert done.returncode == 0, done.stderr
-    (folder / "stdout.txt").write_text(done.stdout, encoding="utf-8")
-    (folder / "stderr.txt").write_text(done.stderr, encoding="utf-8")
+    (folder / "train.out").write_text(done.stdout + done.stderr, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, value in {**MARKERS, **usual}.items():
+            patch.setenv(name, value)
+        laras.export("runs/one", "adapter")
+        laras.report("runs/one")
     return folder
 
 
@@ -131,11 +137,15 @@ def test_no_secret_and_no_name_of_the_user_is_written_down(workplace: Path) -> N
     names = {path.name for path in files}
     assert {"report.html", "metrics.jsonl", "environment.json", "config.yaml"} <= names
     assert any("tfevents" in name for name in names)
-    for path in [*files, workplace / "stdout.txt", workplace / "stderr.txt"]:
+    cached = [path for path in (workplace / "cache").rglob("*") if path.is_file()]
+    assert any(path.name == "members.parquet" for path in cached)
+    assert any("export" in path.parts for path in files) and any("wandb" in path.parts for path in files)
+    for path in [*files, *cached, *workplace.glob("*.out")]:
         content = path.read_bytes()
         for name, marker in MARKERS.items():
             assert marker.encode() not in content, (name, path)
-        assert b"MARKERhome" not in content, path  # an absolute path of the machine
+        if "wandb" not in path.parts:  # whose client writes down where its files are
+            assert b"MARKERhome" not in content, path  # an absolute path of the machine
 
 
 def test_planted_duplicates_never_stand_on_two_sides(workplace: Path) -> None:
@@ -169,7 +179,8 @@ def test_the_test_set_opens_only_for_a_finished_run_and_unaltered(
     run = Path("runs") / "one"
     result = run / "records" / "result.json"
     ledger = run / "splits" / "sealed" / "openings.jsonl"
-    whole = result.read_text(encoding="utf-8")
+    whole, openings = result.read_text(encoding="utf-8"), ledger.read_text(encoding="utf-8")
+    assert len(openings.splitlines()) == 1  # that of the fixture
     for status in ("running", "interrupted", "failed"):
         result.write_text(json.dumps({**json.loads(whole), "status": status}), encoding="utf-8")
         with pytest.raises(SealedTestError, match="stays sealed") as early:
@@ -185,7 +196,7 @@ def test_the_test_set_opens_only_for_a_finished_run_and_unaltered(
     sealed.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
     with pytest.raises(SealedTestError, match="altered"):
         pipeline.test(run)
-    assert not ledger.exists()
+    assert ledger.read_text(encoding="utf-8") == openings
     sealed.write_bytes(kept)
-    assert pipeline.test(run, answers=0).openings == 1
-    assert len(ledger.read_text(encoding="utf-8").splitlines()) == 1
+    assert pipeline.test(run, answers=0).openings == 2
+    assert len(ledger.read_text(encoding="utf-8").splitlines()) == 2
