@@ -21,25 +21,23 @@ import throughput
 
 REPOSITORY = Path(__file__).parent.parent
 TESTS_S, CASE_S, PEER_S = 200, 75, 110  # most seconds of one; a case takes 20
-KERNEL = "unpack_kernel=1"
 # (what, case): `laras` runs here, the others are peers at that many tokens a step or of that shape.
 ORDER = [
     ("tests", "tests/gpu"),
-    ("laras", "qlora_full_16k"), ("laras", f"qlora_full_16k@{KERNEL}"), ("laras", "qlora_full_16k@offload=1"),
-    ("laras", "lora_16k"), ("laras", "lora_full_16k"),
+    ("laras", "qlora_full_16k"), ("laras", "lora_16k"), ("laras", "lora_full_16k"),
     ("16k", "unsloth_qlora_pack_gc"), ("16k", "unsloth_pack"), ("16k", "unsloth_pack_gc"),
-    ("laras", "lora_8k"), ("laras", "qlora_full_8k"), ("laras", f"qlora_full_8k@{KERNEL}"),
-    ("laras", f"qlora_full_8k@{KERNEL},graph=1"),
+    ("laras", "qlora_full_16k@offload=1"), ("laras", "qlora_full_16k@unpack_kernel=0"),
+    ("laras", "lora_8k"), ("laras", "qlora_full_8k"), ("laras", "qlora_full_8k@graph=1"),
     ("8k", "unsloth_pack"), ("8k", "unsloth_qlora_pack_gc"),
     ("laras", "lora_full_8k"), ("8k", "unsloth_pack_gc"), ("8k", "trl_pad8_gc"), ("laras", "unoptimised"),
-    ("7b", "unsloth_qlora_pack_gc"), ("laras", "7b_qlora_full_8k"), ("laras", f"7b_qlora_full_8k@{KERNEL}"),
+    ("7b", "unsloth_qlora_pack_gc"), ("laras", "7b_qlora_full_8k"), ("laras", "7b_qlora_full_8k@offload=1"),
     # What each change since v4 does to the case that it was made for.
     ("laras", "qlora_full_16k@qkv_again=0"), ("laras", "qlora_full_16k@middle_in_chunks=0"),
     ("laras", "qlora_full_16k@grouped_sums=0"), ("laras", "qlora_full_16k@product_in_up=0"),
     ("laras", "qlora_full_16k@own_halves=0"), ("laras", "qlora_full_16k@middle_in_place=0"),
     ("laras", "lora_16k@whole_heads=0"), ("laras", "lora_16k@grouped_sums=0"), ("laras", "lora_full_16k@own_halves=0"),
-    ("laras", "lora_full_16k@offload=1"), ("laras", f"qlora_full_16k@{KERNEL},offload=1,chunk=8192"),
-    ("laras", f"qlora_full_16k@{KERNEL},chunk=2048"), ("laras", f"qlora_full_16k@{KERNEL},graph=1"),
+    ("laras", "lora_full_16k@offload=1"), ("laras", "qlora_full_16k@offload=1,chunk=8192"),
+    ("laras", "qlora_full_16k@chunk=2048"), ("laras", "qlora_full_16k@graph=1"),
     ("laras", "lora_selective_16k"), ("laras", "transformers_layers_16k"),
 ]  # fmt: skip
 

@@ -53,3 +53,32 @@ def test_4bit_weights_are_unpacked_bit_for_bit(layers, dtype, inputs):
     found = torch.zeros_like(group.storage)
     unpack_(group.packed, group.states, group.row_starts, group.factors, found)
     assert torch.equal(found, unpacked_by_bitsandbytes(group))
+
+
+def test_a_group_unpacks_in_one_launch_where_that_gives_its_own_weights(monkeypatch):
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    from peft import LoraConfig, inject_adapter_in_model
+
+    from laras.models.fused import triton_nf4
+    from laras.models.fused.lora import LoraGroup
+
+    part = torch.nn.Module()
+    for name, rows in (("gate", 96), ("up", 64)):
+        linear = bitsandbytes.nn.Linear4bit(128, rows, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+        linear.weight = bitsandbytes.nn.Params4bit(torch.randn(rows, 128), quant_type="nf4")
+        setattr(part, name, linear.to("cpu"))
+    part = inject_adapter_in_model(LoraConfig(r=4, target_modules=["gate", "up"]), part)
+    group = LoraGroup([part.gate, part.up], torch.float32)
+    group.refresh()
+    group.load()
+    expected = group.storage
+    assert group._launch_agrees()
+    group.unload()
+    group._is_one_launch = True
+    group._versions = None
+    group.refresh()
+    group.load()
+    assert torch.equal(group.storage[:, :128], expected[:, :128])
+    assert torch.equal(group.storage[:160], expected[:160])
+    monkeypatch.setattr(triton_nf4, "unpack_", lambda *_: None)
+    assert not group._launch_agrees()

@@ -146,7 +146,7 @@ def kernels_of(hardware: HardwareSpec, recorder: Recorder) -> Iterator[None]:
 @contextmanager
 def counted_kernels(recorder: Recorder) -> Iterator[None]:
     """The fused layers' own kernels, which do nothing on meta tensors, tell the recorder what they would have done."""
-    from laras.models.fused import kernels, layer, loss, model
+    from laras.models.fused import kernels, layer, lora, loss, model
 
     def told(name: str, original: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -173,7 +173,7 @@ def counted_kernels(recorder: Recorder) -> Iterator[None]:
 
     patches = [(layer, "attention", attended(layer.attention, 2, 0))]
     patches.append((layer, "attention_backward", attended(layer.attention_backward, 5, 1)))
-    for module in (layer, loss, model):
+    for module in (layer, lora, loss, model):
         for name, original in vars(kernels).items():
             if name.endswith("_") and not name.startswith("_") and getattr(module, name, None) is original:
                 patches.append((module, name, told(name, original)))

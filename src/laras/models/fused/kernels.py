@@ -9,6 +9,7 @@ head, R of them rotated, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -138,6 +139,20 @@ def swiglu_backward_(gate_TF: Tensor, up_TF: Tensor, gradient_TF: Tensor, activa
     gate_TF.copy_(to_gate)
     up_TF.copy_(to_up)
     gradient_TF.copy_(product)
+
+
+def unpack_4bit_(
+    storage: Tensor, factors: Tensor, states: Sequence[Any], row_starts: Sequence[int], *packed: Tensor
+) -> None:
+    """Fills a group's storage (see `laras.models.fused.lora`) from 4-bit weights and adapters, in one launch.
+
+    CUDA only: elsewhere bitsandbytes' own functions do it.
+    """
+    if storage.is_meta:
+        return
+    from laras.models.fused import triton_nf4
+
+    triton_nf4.unpack_(packed, states, row_starts, factors, storage)
 
 
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, nll_T: Tensor) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from laras.models.fused import variant
+from laras.models.fused.kernels import unpack_4bit_
 
 ADAPTER = "default"
 
@@ -69,14 +70,13 @@ class LoraGroup:
             self.bias = torch.cat(
                 [torch.zeros(o.out_features, dtype=dtype, device=device) if b is None else b.data for b, o in parts]
             )
-        states = [base.weight.quant_state for base in bases] if self._is_quantized else []
-        self._in_one_launch = self.variant.unpack_kernel and self._is_quantized and _kernel_takes(states, self.inputs)
         shape = (self.outputs + self.ranks, self.inputs + self.ranks)
         self._shape, self._nothing = shape, torch.empty(0, dtype=dtype, device=device)
         with torch.no_grad():
             if self._is_quantized:
                 self.storage = self._nothing
                 self._factors = torch.zeros(self.ranks, self.inputs + self.outputs, dtype=dtype, device=device)
+                self._is_one_launch = self.variant.unpack_kernel and self._launches()
             else:
                 self.storage = torch.zeros(shape, dtype=dtype, device=device)
                 for base, rows in zip(bases, self._rows(), strict=True):
@@ -123,20 +123,51 @@ class LoraGroup:
         if not self._is_quantized or self.storage is not self._nothing:
             return
         self.storage = self._nothing.new_empty(self._shape)
-        weights = [layer.get_base_layer().weight for layer in self.layers]
-        if self._in_one_launch:
-            if not self.storage.is_meta:
-                from laras.models.fused.triton_nf4 import unpack_
+        if self._is_one_launch:
+            self._launch(self.storage)
+        else:
+            self._unpack(self.storage)
 
-                states = [weight.quant_state for weight in weights]
-                unpack_([weight.data for weight in weights], states, self.row_starts, self._factors, self.storage)
-            return
+    def _weights(self) -> list[Any]:
+        return [layer.get_base_layer().weight for layer in self.layers]
+
+    def _launch(self, storage: Tensor) -> None:
+        weights = self._weights()
+        states = [weight.quant_state for weight in weights]
+        unpack_4bit_(storage, self._factors, states, self.row_starts, *[weight.data for weight in weights])
+
+    def _unpack(self, storage: Tensor) -> None:
         from bitsandbytes.functional import dequantize_4bit
 
-        for weight, rows in zip(weights, self._rows(), strict=True):
-            self.storage[rows, : self.inputs].copy_(dequantize_4bit(weight.data, weight.quant_state))
-        self.storage[self.outputs :, : self.inputs].copy_(self._factors[:, : self.inputs])
-        self.storage[: self.outputs, self.inputs :].copy_(self._factors[:, self.inputs :].t())
+        for weight, rows in zip(self._weights(), self._rows(), strict=True):
+            storage[rows, : self.inputs].copy_(dequantize_4bit(weight.data, weight.quant_state))
+        storage[self.outputs :, : self.inputs].copy_(self._factors[:, : self.inputs])
+        storage[: self.outputs, self.inputs :].copy_(self._factors[:, self.inputs :].t())
+
+    def _launches(self) -> bool:
+        """Whether one launch unpacks this group's weights; on meta tensors, as on a GPU."""
+        return self._nothing.is_meta or (self._nothing.is_cuda and self._launch_agrees())
+
+    def _launch_agrees(self) -> bool:
+        """Whether it does so bit for bit as bitsandbytes.
+
+        Tried on the weights themselves, since a kernel that is wrong on a card would train another model.
+        """
+        from laras.models.fused.triton_nf4 import unpack_refusal
+
+        if unpack_refusal([weight.quant_state for weight in self._weights()], self.inputs) is not None:
+            return False
+        found, expected = (self._nothing.new_zeros(self._shape) for _ in range(2))
+        values = torch.arange(self._factors.numel(), device=self._factors.device) % 251
+        self._factors.copy_(values.view(self._factors.shape))
+        try:
+            self._launch(found)
+            self._unpack(expected)
+            return torch.equal(found, expected)
+        except Exception:  # noqa: BLE001 - a compiler can fail in any way
+            return False
+        finally:
+            self._factors.zero_()
 
     def unload(self) -> None:
         """Gives the memory of dequantised weights back."""
@@ -215,17 +246,6 @@ class AdapterSums:
         """Adds one tensor; the first of a place is kept."""
         old = self.parts.get(place)
         self.parts[place] = part if old is None else old.add_(part)
-
-
-def _kernel_takes(states: Sequence[Any], inputs: int) -> bool:
-    """Whether one launch unpacks weights of these quantisation states; on meta tensors, as on a GPU."""
-    if states[0].absmax.is_meta:
-        return True
-    if not states[0].absmax.is_cuda:
-        return False
-    from laras.models.fused.triton_nf4 import unpack_refusal
-
-    return unpack_refusal(states, inputs) is None
 
 
 def _product(left_TM: Tensor, right_TN: Tensor) -> Tensor:

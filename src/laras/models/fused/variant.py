@@ -24,8 +24,8 @@ class Variant:
             weigh most, holds less.
         product_in_up: In a forward that keeps no gate and up, their product takes up's place.
         grouped_sums: The gradients of a group's adapters are summed as two tensors and scaled once, at the end.
-        unpack_kernel: One launch unpacks the 4-bit weights of a group into place. Off: it has run in Triton's
-            interpreter, bit for bit as bitsandbytes, and on no GPU yet.
+        unpack_kernel: One launch unpacks the 4-bit weights of a group into place, where it gives the bits of
+            bitsandbytes on those very weights; else bitsandbytes does.
         offload: Layers that keep their input alone keep it in host memory. Off: nothing of it was timed, and plans do
             not know it.
     """
@@ -37,7 +37,7 @@ class Variant:
     qkv_again: bool = True
     product_in_up: bool = True
     grouped_sums: bool = True
-    unpack_kernel: bool = False
+    unpack_kernel: bool = True
     offload: bool = False
 
 
