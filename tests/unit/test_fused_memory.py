@@ -12,6 +12,7 @@ from laras.planning.allocator import replay
 from laras.planning.architecture import model_spec_from_config
 from laras.planning.catalogue import find_gpu
 from laras.planning.memory import MemoryCase, estimate_memory, workspace_bytes
+from laras.planning.planner import plan_training
 from laras.records import PlanChoices
 
 H100 = find_gpu("h100").to_hardware()
@@ -81,3 +82,20 @@ def test_kinds_hold_less_the_more_they_compute_again(tmp_path):
         whole = simulated(tmp_path, values, kind).unroll(LAYERS)
         peaks.append(replay(whole.until("evaluation")).peak_allocated_bytes)
     assert peaks[0] > peaks[1] > peaks[2]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "tokens", "kind"),
+    [("h100", 4096, "none"), ("rtx 4090", 4096, "selective"), ("l4", 1024, "selective"), ("l4", 4096, "full")],
+)
+def test_a_plan_computes_a_part_again_before_it_computes_everything_again(gpu, tokens, kind):
+    values = {
+        "model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 32768,
+    }  # fmt: skip
+    config, hardware = RunConfig(max_length=tokens), find_gpu(gpu).to_hardware()
+    result = plan_training(config, None, None, model_spec_from_config(values, "m"), hardware)
+    assert result.fits
+    assert result.choices.fused_layers
+    assert result.choices.gradient_checkpointing == (kind != "none")
+    assert result.choices.checkpoint_kind == kind

@@ -22,7 +22,7 @@ from laras.records import HardwareSpec, MemoryEstimate, ModelSpec, PlanChoices, 
 Simulate = Callable[[RunConfig, PlanChoices, int, HardwareSpec, int | None], StepTrace]
 """As `laras.models.simulation.trace_step`; the pipeline hands it in."""
 
-_LAYOUT = 3  # raised whenever what a trace means changes
+_LAYOUT = 4  # raised whenever what a trace means changes
 _TRAINING = ("weights", "states", "batch", "forward", "loss", "backward", "end", "optimizer", "release")
 _MOMENTS = {"loss": "loss", "backward": "backward of a layer", "forward": "forward", "optimizer": "optimizer step"}
 
