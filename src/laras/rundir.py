@@ -13,6 +13,7 @@ runs/2026-11-24-qwen2.5-coder-1.5b-a1b2/
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import secrets
@@ -46,6 +47,7 @@ CONFIG_NAME = "config.yaml"
 GIVEN_CONFIG_NAME = "config.given.yaml"
 _LOCK_NAME, _HOLDER_NAME = ".lock", ".holder.json"
 _MAX_MODEL_NAME_CHARS = 60
+_TAIL_BYTES = 16_384  # of the metrics file, whose lines take less than a thousand
 _R = TypeVar("_R", bound=Record)
 
 
@@ -261,11 +263,34 @@ def _summary(run: RunDir) -> RunSummary:
         status=run_status(run),
         created_at=environment.created_at if environment else None,
         model=plan.model.source if plan else None,
-        steps=result.steps if result else None,
+        steps=_steps(run, result),
         best=result.best if result else None,
         base_perplexity=evaluation.base.perplexity if evaluation else None,
         tuned_perplexity=evaluation.tuned.perplexity if evaluation else None,
     )
+
+
+def _steps(run: RunDir, result: RunResult | None) -> int | None:
+    """Optimizer steps: as recorded at the end, or as last logged by a session that has recorded no end."""
+    if result is not None and result.status != "running":
+        return result.steps
+    return _last_logged_step(run.metrics) or (result.steps if result else None)
+
+
+def _last_logged_step(metrics: Path) -> int | None:
+    """The step of the last whole line, read from the end of the file."""
+    try:
+        with metrics.open("rb") as file:
+            file.seek(max(0, metrics.stat().st_size - _TAIL_BYTES))
+            lines = file.read().splitlines()
+    except OSError:
+        return None
+    for text in reversed(lines):
+        try:
+            return int(json.loads(text)["step"])
+        except (ValueError, KeyError, TypeError):  # a line that is being written, or the rest of a long one
+            continue
+    return None
 
 
 def _load_or_none(record: type[_R], path: Path) -> _R | None:

@@ -206,6 +206,20 @@ def test_runs_are_listed_by_score_then_newest_first(tmp_path: Path) -> None:
     assert list_runs(tmp_path / "absent") == []
 
 
+def test_the_steps_of_a_run_without_an_end_are_those_that_it_has_logged(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    steps = lambda: list_runs(tmp_path)[0].steps  # noqa: E731
+    assert steps() is None
+    result("running").save(run.path)
+    assert steps() == 7
+    run.metrics.parent.mkdir()
+    lines = [json.dumps({"step": step, "text": "x" * 400}) for step in range(1, 100)]
+    run.metrics.write_text("\n".join(lines) + '\n{"step": 1', encoding="utf-8")  # being written
+    assert steps() == 99
+    result("finished").save(run.path)
+    assert steps() == 7
+
+
 def test_what_is_no_run_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(RunStateError, match="is not a run"):
         RunDir(tmp_path).load_config()
