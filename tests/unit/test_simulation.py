@@ -8,6 +8,7 @@ import torch
 
 from laras.config import RunConfig
 from laras.errors import LarasError
+from laras.models import recording, simulation
 from laras.models.build import build_model
 from laras.models.heads import PLAIN_HEAD_TYPES as HEADS_OF_MODELS
 from laras.models.recording import Recorder
@@ -17,6 +18,7 @@ from laras.planning import candidates
 from laras.planning.allocator import replay
 from laras.planning.architecture import model_spec_from_config
 from laras.planning.catalogue import find_gpu
+from laras.planning.hardware import cpu_hardware
 from laras.planning.memory import MemoryCase, estimate_memory
 from laras.planning.trace import StepTrace
 from laras.progress import Observer
@@ -226,3 +228,53 @@ def test_the_products_of_a_step_are_those_that_torch_counts(simulate, tmp_path):
     totals = counter.get_flop_counts()["Global"]
     products = sum(flops for op, flops in totals.items() if "attention" not in str(op))
     assert counted == pytest.approx(products, rel=0.02)  # every token a target here, all but the last there
+
+
+CPU_PATHS = {
+    "llama": ("llama", {}),
+    "gpt_neox, full logits": ("gpt_neox", {"loss_kind": "full"}),
+    "gpt_neox, full fine-tuning": ("gpt_neox", {"loss_kind": "full", "finetuning_type": "full"}),
+}
+
+
+@pytest.mark.parametrize("name", CPU_PATHS)
+def test_a_simulated_step_holds_at_every_moment_what_real_tensors_hold(tmp_path, monkeypatch, name):
+    """Attention by single operations and fp32, so that the CPU runs the very operations that meta tensors do."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model_type, keys = CPU_PATHS[name]
+    planned = choices(
+        attention="eager", precision="fp32", fused_layers=False, optim="adamw_torch", max_length=128, **keys
+    )
+    (tmp_path / "config.json").write_text(json.dumps(shape(model_type, torch_dtype="float32")))
+    config = RunConfig(model_name_or_path=str(tmp_path))
+    trace = trace_step(config, planned, 8, cpu_hardware())
+    simulated = trace.unroll(8).peaks()
+    states = simulated["states"] - simulated["weights"]  # a real optimizer makes them after its first step
+
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    monkeypatch.setattr(recording, "_DATA_DEPENDENT", {})  # here is data
+    real = recorded_on_cpu(build_model(config, planned, "cpu", Observer()))
+    assert real["weights"] == simulated["weights"]
+    for moment in ("forward", "backward", "end"):
+        assert real[moment] == simulated[moment] - states, moment
+    if planned.loss_kind == "full":  # the simulation takes every token for a target, a real row's last one is none
+        assert real["loss"] == pytest.approx(simulated["loss"] - states, rel=0.01)
+
+
+def recorded_on_cpu(model):
+    blocks = simulation._decoder_layers(model, 8)
+    recorder = Recorder(blocks)
+    owner = {id(part): number for number, block in enumerate(blocks) for part in block.modules()}
+    simulation._record_static(recorder, model, owner)
+    with recorder:
+        recorder.begin("batch")
+        ids = torch.randint(1, 4096, (4, 128))
+        batch = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
+        batch["attention_mask"][0, -1] = 0
+        recorder.watch("forward", "loss", "backward")
+        loss = eager_step(model)(batch, torch.ones(()))
+        recorder.stop_watching()
+        recorder.begin("end")
+        del loss, batch, ids
+    return recorder.trace({}).unroll(8).peaks()
