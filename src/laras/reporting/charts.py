@@ -114,8 +114,7 @@ def optimization_chart(run: RunData) -> Drawing | None:
                 planned = run.plan.time.tokens_per_s
                 _level(axis, planned, f"planned {short(planned)}", float(series.value.max()), MUTED, (0, (5, 3)))
                 axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.97), ncols=2)
-            axis.margins(y=0.15)
-            axis.set_ylim(bottom=0)  # fixes the upper end as well, so that it comes last
+            _from_zero(axis)
             axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
         if title.startswith("gradient"):
             _log_if_wide(axis)
@@ -147,8 +146,7 @@ def memory_chart(run: RunData) -> Drawing | None:
                 largest = max([memory.train_peak_allocated_bytes / GIB, *(s.value.max() for _, s in series)])
                 _level(axis, value / GIB, f"{label} {size(value)}", largest, INK, dash)
                 description += f" {label.capitalize()}: {size(value)}."
-    axis.set_ylim(bottom=0)
-    axis.margins(y=0.25)
+    _from_zero(axis)
     axis.set_title("memory (GiB)")
     step_axis(axis)
     figure.legend(loc="outside lower center", ncols=4)
@@ -207,6 +205,11 @@ def _memory_series(history: History) -> Iterator[tuple[str, Series]]:
             yield _MEMORY_NAMES.get(label, label.replace("_", " ")), Series(series.step, series.value / GIB)
         elif label.endswith("_gib"):
             yield label.removesuffix("_gib").replace("_", " "), series
+
+
+def _from_zero(axis: Axes) -> None:
+    """Begins the scale at zero, with room above all that has been drawn, and fixes both."""
+    axis.set_ylim(0, 1.12 * axis.get_ylim()[1])
 
 
 def _level(
