@@ -238,6 +238,7 @@ def wear(folder: Path, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int)
+    parser.add_argument("--scenarios", default=",".join(KILLED), help="of the kills on a CPU")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -252,7 +253,9 @@ def main() -> None:
     only = "gpu" if arguments.gpu else arguments.only
     results: dict[str, Any] = json.loads(path.read_text()) if (path := arguments.results).exists() else {}
     stages: dict[str, Callable[[Path], Any]] = {
-        "kills": lambda folder: sweep_kills(folder, arguments.kills or 200, arguments.seed),
+        "kills": lambda folder: sweep_kills(
+            folder, arguments.kills or 200, arguments.seed, tuple(arguments.scenarios.split(","))
+        ),
         "disk": sweep_full_disks,
         "flat": lambda folder: wear(folder, arguments.steps),
         "gpu": lambda folder: faults_gpu.sweep(folder, arguments.kills or 12, arguments.seed, arguments.device),

@@ -7,6 +7,7 @@ import re
 import time
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from typer.testing import CliRunner
@@ -14,7 +15,18 @@ from typer.testing import CliRunner
 from example_run import write_example_run
 from laras.cli.report import report_command
 from laras.errors import ConfigError, RunStateError
-from laras.records import EvalResult, Measured, RunEvent, RunResult, SplitManifest, TrainPlan
+from laras.records import (
+    DatasetProfile,
+    EvalResult,
+    Measured,
+    ParentRun,
+    PlanChange,
+    PlanRevision,
+    RunEvent,
+    RunResult,
+    SplitManifest,
+    TrainPlan,
+)
 from laras.reporting import formatting
 from laras.reporting.data_charts import lengths_chart
 from laras.reporting.drawing import drawing_style, finish, new_figure
@@ -172,6 +184,33 @@ def test_a_record_that_was_changed_afterwards_breaks_the_chain(tmp_path):
     broken = [(link.parent, link.child) for link in load_run_data(run).chain if not link.holds]
     assert broken == [("plan", "result")]
     assert "does not match" in write_report([run]).read_text(encoding="utf-8")
+
+
+def test_the_chain_goes_back_to_the_run_it_started_from_and_through_the_revision_of_the_plan(tmp_path):
+    run = write_example_run(tmp_path / "run", steps=30)
+    parent = ParentRun(run="earlier", model="best", step=40, eval_loss=1.5, weights_sha256="ab" * 32)
+    parent.save(run)
+    records = [DatasetProfile.load(run), SplitManifest.load(run), TrainPlan.load(run)]
+    digest = parent.digest()
+    for record in records:
+        changed = record.model_copy(update={"parent_digest": digest})
+        changed.save(run)
+        digest = changed.digest()
+    RunResult.load(run).model_copy(update={"parent_digest": digest}).save(run)
+    change = PlanChange(step=3, reason="micro-batch 4 rows -> 2 rows", train_split_level=1, eval_split_level=0)
+    revision = PlanRevision(
+        parent_digest=digest, train_split_level=1, eval_split_level=0, micro_batch="2 rows",
+        per_device_eval_batch_size=8, changes=(change,),
+    )  # fmt: skip
+    revision.save(run)
+    before = [(link.parent, link.child) for link in load_run_data(run).chain if link.holds]
+    assert ("plan", "result") in before  # a session that was killed had begun before memory ran out
+    RunResult.load(run).model_copy(update={"parent_digest": revision.digest()}).save(run)
+    EvalResult.load(run).model_copy(update={"parent_digest": RunResult.load(run).digest()}).save(run)
+    chain = load_run_data(run).chain
+    names = ["parent", "profile", "split", "plan", "revision", "result", "evaluation"]
+    assert [(link.parent, link.child, link.holds) for link in chain] == [(*pair, True) for pair in pairwise(names)]
+    assert "earlier, best, step 40" in Page(write_report([run]).read_text(encoding="utf-8")).text
 
 
 @pytest.mark.parametrize(

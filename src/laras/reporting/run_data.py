@@ -17,6 +17,8 @@ from laras.records import (
     EvalResult,
     Measured,
     Opening,
+    ParentRun,
+    PlanRevision,
     Record,
     RunEvent,
     RunResult,
@@ -58,6 +60,8 @@ class RunData:
     openings: tuple[Opening, ...]
     history: History
     damaged: tuple[str, ...]
+    parent: ParentRun | None = None
+    revision: PlanRevision | None = None
     saved_events: tuple[RunEvent, ...] = ()  # of the newest checkpoint, while there is no final result
 
     @property
@@ -127,10 +131,16 @@ class RunData:
     @property
     def chain(self) -> tuple[Link, ...]:
         """Whether each record still matches the one it was built on."""
+        in_force: Record | None = self.plan
+        if self.revision is not None and self.result is not None and self.plan is not None:
+            # A session that was killed has left the record of its beginning, which may be older than the revision.
+            in_force = self.plan if self.result.parent_digest == self.plan.digest() else self.revision
         records: list[tuple[Record | None, Record | None]] = [
+            (self.profile, self.parent),
             (self.split, self.profile),
             (self.plan, self.split),
-            (self.result, self.plan),
+            (self.revision, self.plan),
+            (self.result, in_force),
             (self.evaluation, self.result),
         ]
         return tuple(
@@ -206,5 +216,7 @@ def load_run_data(run_dir: Path) -> RunData:
         openings=openings,
         history=read_history(run.metrics),
         damaged=tuple(damaged),
+        parent=load(ParentRun),
+        revision=load(PlanRevision),
         saved_events=() if is_over else _saved_events(run),
     )
