@@ -172,6 +172,8 @@ def _reasons(
     if case.weights == "nf4" and wide:
         least = min(one.memory.train_peak_reserved_bytes for one in wide)
         four_bit = f"unquantised weights need at least {_gib(least)}"
+        if least <= best.memory.device_budget_bytes:
+            four_bit += ", and the allocator more than there is"
     fused = fused_possible(config, spec, hardware, precision, work.length_tokens)
     return {
         "max_length": f"the longest example in multiples of 128, at most {cap}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from laras.config import RunConfig
@@ -68,11 +69,11 @@ def select(
         if not fitting:
             known = [one for one in refused if one.case == smallest.case]
             last = known[0] if known else _simulated(config, spec, hardware, work, smallest, limit, simulate)
-            return _selection(found, last)
+            return _selection(found, last, refused)
     except LarasError as error:
         warning = f"{error.message}; memory is from the closed form, with a margin of 10%"
-        return _selection(found, _by_closed_form(found, smallest, 1 - _CLOSED_FORM_MARGIN), warning)
-    return _selection(found, max(fitting, key=lambda one: one.tokens_per_s))
+        return _selection(found, _by_closed_form(found, smallest, 1 - _CLOSED_FORM_MARGIN), warnings=(warning,))
+    return _selection(found, max(fitting, key=lambda one: one.tokens_per_s), [*fitting, *refused])
 
 
 def _fitting(
@@ -109,13 +110,20 @@ def _contends(one: Candidate, first: Candidate) -> bool:
     return alike and one.tokens_per_s >= _CONTENDER_SHARE * first.tokens_per_s
 
 
-def _selection(found: list[Candidate], best: Candidate, *warnings: str) -> Selection:
-    others = [one for one in found if one.case != best.case or one.packing != best.packing]
+def _selection(
+    found: list[Candidate], best: Candidate, simulated: Sequence[Candidate] = (), warnings: tuple[str, ...] = ()
+) -> Selection:
+    """The rest as far as it is known: as simulated, else in closed form with speeds on the scale of the best one's."""
     by_closed_form = max((one.tokens_per_s for one in found if _key(one) == _key(best)), default=best.tokens_per_s)
     scale = best.tokens_per_s / by_closed_form
-    scaled = [replace(one, tokens_per_s=scale * one.tokens_per_s) for one in others]
-    scaled.sort(key=lambda one: (not one.fits, *one.preference()))
-    return Selection(best, tuple(scaled), warnings)
+    known = {_key(one): one for one in simulated}
+    others = [
+        known.get(_key(one)) or replace(one, tokens_per_s=scale * one.tokens_per_s)
+        for one in found
+        if one.case != best.case or one.packing != best.packing
+    ]
+    others.sort(key=lambda one: (not one.fits, *one.preference()))
+    return Selection(best, tuple(others), warnings)
 
 
 def _key(one: Candidate) -> tuple[object, ...]:
