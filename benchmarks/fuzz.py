@@ -5,7 +5,8 @@
 
 Valid files are damaged by random bytes, cuts, doublings, splices and words that parsers dislike, from a fixed seed,
 and read: data files (and their rows brought to a format), configurations, and of a run directory the records, the
-ledger of the sealed set, the manifest and state of a checkpoint, and the list of runs. An input whose reading takes
+ledger and rows of the sealed set, the manifest and state of a checkpoint, and the list of runs; chat templates are
+compiled and rendered. An input whose reading takes
 more than `SLOW_S` of CPU time is counted too. Exits with 1 when anything came out that should not.
 """
 
@@ -33,10 +34,22 @@ from laras.config import RunConfig
 from laras.config_file import config_to_yaml, load_config
 from laras.data.formats import detect_layout, normalize_row
 from laras.data.read import file_rows
-from laras.data.sealed import read_openings
+from laras.data.render import build_renderer
+from laras.data.sealed import read_openings, seal_test, unseal
+from laras.data.store import token_table, tokens_digest
 from laras.errors import LarasError
 from laras.progress import Observer
-from laras.records import DatasetProfile, EvalResult, Record, RunResult, SplitManifest, TrainPlan
+from laras.records import (
+    DatasetProfile,
+    EvalResult,
+    ParentRun,
+    PlanChange,
+    PlanRevision,
+    Record,
+    RunResult,
+    SplitManifest,
+    TrainPlan,
+)
 from laras.rundir import RunDir, list_runs
 from laras.training.checkpoints import choose_checkpoint, damaged_checkpoints
 from laras.training.state import read_state
@@ -45,7 +58,14 @@ SLOW_S = 2.0
 RESULT = Path(__file__).parent / "results" / "fuzz.json"
 _ROWS = 200  # read of one input
 _EXAMPLES = 5  # kept of a target's failures
-_RECORDS: tuple[type[Record], ...] = (DatasetProfile, SplitManifest, TrainPlan, RunResult, EvalResult)
+_RECORDS: tuple[type[Record], ...] = (
+    DatasetProfile, SplitManifest, TrainPlan, RunResult, EvalResult, ParentRun, PlanRevision,
+)  # fmt: skip
+_PARENT = ParentRun(run="one", model="step-4", step=4, eval_loss=1.5, weights_sha256="0" * 64)
+_REVISION = PlanRevision(
+    train_split_level=1, eval_split_level=0, micro_batch="2 rows", per_device_eval_batch_size=4,
+    changes=(PlanChange(step=3, reason="x", train_split_level=1, eval_split_level=0),),
+)  # fmt: skip
 _WORDS = (
     b"\x00", b"\xff\xfe", b"\xef\xbb\xbf", b"\xed\xa0\x80", b"\\ud800", b"\n", b"\r", b'"', b"'", b"\\", b"{", b"}",
     b"[", b"]", b",", b":", b": ", b"- ", b"&a ", b"*a", b"<<: ", b"!!python/name:os.system ", b"!!int ", b"!!bool ",
@@ -151,6 +171,8 @@ def _targets() -> list[Target]:
         Target("records", _record_files(), _read_records, 15),
         Target("ledger", [_LEDGER, _LEDGER * 3], _read_ledger, 5),
         Target("checkpoint", [_MANIFEST, _STATE], _read_checkpoint, 10),
+        Target("sealed", [_sealed_file()], _read_sealed, 5),
+        Target("template", [text.encode() for text in _TEMPLATES], _template_reader(), 10),
     ]
 
 
@@ -180,6 +202,18 @@ _STATE = json.dumps(
         "identity": {"seed": 42},
     }
 ).encode()
+
+
+_TEMPLATES = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "{% set ns = namespace(n=0) %}{% macro turn(m, last) %}<|im_start|>{{ m.role ~ '\n' }}{% generation %}"
+    "{{ m.content|trim + '<|im_end|>' }}{% endgeneration %}{% endmacro %}{% for m in messages if m.content %}"
+    "{% set ns.n = ns.n + 1 %}{{ turn(m, loop.last) }}{% else %}{{ raise_exception('none') }}{% endfor %}",
+    "{% for m in messages[::-1] %}{% if loop.index0 % 2 == 0 and m['role'] in ['user', 'assistant'] %}"
+    "{{ {'r': m.role, 'c': m.content}|tojson }}{{ '%s' % m.role }}{{ m.content.split('</think>')[-1] }}{% continue %}"
+    "{% endif %}{{ range(3)|list|join(',') }}{{ strftime_now('%Y') }}{{ 'a' * 3 }}{{ 2 ** 3 }}<|im_end|>{% endfor %}",
+)
 
 
 _ODD_ROWS: list[dict[str, Any]] = [
@@ -248,6 +282,8 @@ def _record_files() -> list[bytes]:
     with tempfile.TemporaryDirectory() as name:
         run = Path(name) / "run"
         write_example_run(run)
+        for record in (_PARENT, _REVISION):
+            record.save(run)
         return [(run / "records" / f"{record.name}.json").read_bytes() for record in _RECORDS]
 
 
@@ -296,6 +332,38 @@ def _read_checkpoint(folder: Path, content: bytes) -> None:
             refusals.append(error)
     if len(refusals) == 2:
         raise refusals[0]
+
+
+def _sealed_file() -> bytes:
+    with tempfile.TemporaryDirectory() as name:
+        seal_test(_sealed_rows(), Path(name))
+        return (Path(name) / "splits" / "sealed" / "test.sealed").read_bytes()
+
+
+def _sealed_rows() -> Any:
+    return token_table([[1, 2, 3]] * 20, [[-100, 2, 3]] * 20, range(20))
+
+
+def _read_sealed(folder: Path, content: bytes) -> None:
+    path = folder / "splits" / "sealed" / "test.sealed"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    if not unseal(folder, tokens_digest(_sealed_rows())).equals(_sealed_rows()):
+        raise AssertionError("other rows were opened")
+
+
+def _template_reader() -> Callable[[Path, bytes], None]:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+    from tiny_models import tokenizer
+
+    words = tokenizer()
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b c"}]
+
+    def read(folder: Path, content: bytes) -> None:
+        renderer = build_renderer(words, "messages", True, content.decode("utf-8", "surrogateescape"))
+        renderer.encode([{"messages": turns * count} for count in (1, 3)])
+
+    return read
 
 
 def _report(targets: list[Target], seed: int, elapsed_s: float) -> dict[str, Any]:

@@ -93,6 +93,10 @@ def test_a_missing_or_broken_test_set_is_refused(tmp_path):
         with pytest.raises(SealedTestError, match=r"damaged|no sealed test set"):
             open_sealed(run, "a look")
         assert read_openings(run) == ()
+    for place in range(15, len(whole), 7):  # any byte, those of the columns beside the tokens included
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(SealedTestError, match="altered or damaged"):
+            open_sealed(run, "a look")
     path.unlink()
     with pytest.raises(SealedTestError, match="missing"):
         open_sealed(run, "a look")
@@ -120,7 +124,7 @@ def test_what_is_on_disk_is_no_table_and_shows_no_token(tmp_path):
     content = path.read_bytes()
     plain = pa.BufferOutputStream()
     pq.write_table(table, plain, compression="zstd")
-    assert b"PAR1" not in content and len(content) == len(plain.getvalue()) + len(b"laras sealed 1\n")
+    assert b"PAR1" not in content and len(content) == len(plain.getvalue()) + len(b"laras sealed 1\n") + 32
     with pytest.raises(pa.ArrowException):
         pq.read_table(path)
     with pytest.raises(DataError, match=r"neither|no data file"):  # a folder that is taken for data does not give it

@@ -94,6 +94,7 @@ class ChatTemplate:
         else:
             text = self._template.render(**given)
         _require(len(text) <= MAX_CHARACTERS, f"it writes {len(text):,} characters; the limit is {MAX_CHARACTERS:,}")
+        text.encode()  # half of a character, which Jinja can write, no tokenizer takes
         return text, marks
 
     def _counted(self, items: Iterable[Any]) -> Iterator[Any]:
