@@ -76,6 +76,8 @@ def best_of(trials: tuple[SweepTrial, ...]) -> int | None:
 
 def optimism(count: int) -> str:
     """What the validation loss of the best of several is worth, in one sentence."""
+    if count == 1:
+        return "With one trial the validation set has chosen its best step only."
     return (
         f"The validation set chose among {count} trials, so the lowest validation loss is optimistic; "
         "the score on the sealed test set is not."

@@ -203,7 +203,7 @@ class _Sweep:
                 raise self._interrupted("the time limit passed before any trial had finished; everything is saved")
             self._save("finished")
             raise TrainingAborted(
-                f"none of {len(self.record.trials)} trials could be finished",
+                f"of {len(self.record.trials)} trials, none could be finished",
                 problems=[f"trial {trial.number:03d}: {trial.reason}" for trial in self.record.trials if trial.reason],
                 hint="try one by itself with `laras train`, or search smaller learning rates",
             )
