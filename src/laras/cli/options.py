@@ -13,8 +13,8 @@ import typer
 from laras.config import RunConfig
 from laras.config_file import load_config
 from laras.errors import ConfigError
-from laras.sweep_record import final_run
 from laras.rundir import RunDir, inherited_config
+from laras.sweep_record import final_run
 
 # Options that the verb does not know are overrides of the configuration.
 OVERRIDES = {"ignore_unknown_options": True, "allow_interspersed_args": True}
