@@ -376,25 +376,31 @@ def _random_base(_source: str, **keys: Any) -> Any:
     config = AutoConfig.from_pretrained(_source)
     with torch.device(keys["device"]):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=keys["attention"])
-    if keys["load_in_4bit"]:
-        from bitsandbytes.nn import Linear4bit, Params4bit
-
+    if keys["load_in_4bit"] or keys["load_in_8bit"]:
         head = model.get_output_embeddings()
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear and child is not head:
-                    layer = Linear4bit(
-                        child.in_features, child.out_features, bias=False, compute_dtype=dtype, quant_type="nf4",
-                        device="meta",
-                    )  # fmt: skip
-                    data = child.weight.data.cpu()
-                    child.weight = None
-                    layer.weight = Params4bit(data, requires_grad=False, quant_type="nf4", compress_statistics=True)
-                    layer.weight = layer.weight.to(keys["device"])
-                    layer.bias = child.bias
-                    setattr(parent, name, layer)
-        model.is_loaded_in_4bit = model.is_quantized = True
+                    setattr(parent, name, _quantised(child, dtype, keys["device"], four_bit=keys["load_in_4bit"]))
+        model.is_quantized = True
+        setattr(model, "is_loaded_in_4bit" if keys["load_in_4bit"] else "is_loaded_in_8bit", True)
     return model
+
+
+def _quantised(linear: Any, dtype: Any, device: str, *, four_bit: bool) -> Any:
+    from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+
+    shape, data = (linear.in_features, linear.out_features), linear.weight.data.cpu()
+    linear.weight = None
+    if four_bit:
+        layer = Linear4bit(*shape, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
+        weight = Params4bit(data, requires_grad=False, quant_type="nf4", compress_statistics=True)
+    else:
+        layer = Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
+        weight = Int8Params(data, requires_grad=False, has_fp16_weights=False)
+    layer.weight = weight.to(device)
+    layer.bias = linear.bias
+    return layer
 
 
 @contextlib.contextmanager
