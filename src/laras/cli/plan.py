@@ -84,7 +84,8 @@ def _choices_table(plan: TrainPlan) -> Table:
     for name in _SHOWN:
         value, reason = values[name], plan.reasons.get(name, "")
         if isinstance(value, list):
-            value, reason = len(value), f"{reason}: {', '.join(value)}"
+            reason = f"{reason}: {', '.join(value)}"
+            value = len(value)
         elif isinstance(value, bool):
             value = str(value).lower()
         elif isinstance(value, float):

@@ -35,8 +35,10 @@ class Work:
     @classmethod
     def from_json(cls, values: list[Any]) -> Work:
         """The work that `to_json` wrote."""
-        *numbers, products = values
-        return cls(*numbers, tuple(((a, b, c, size), count) for a, b, c, size, count in products))
+        calls, kernels, moved, attention, products = values
+        return cls(
+            calls, kernels, moved, attention, tuple(((a, b, c, size), count) for a, b, c, size, count in products)
+        )
 
     def plus(self, other: Work, times: int = 1) -> Work:
         """The sum, the other one taken `times`."""
