@@ -171,8 +171,10 @@ def counted_kernels(recorder: Recorder) -> Iterator[None]:
 
         return call
 
-    patches = [(layer, "attention", attended(layer.attention, 2, 0))]
-    patches.append((layer, "attention_backward", attended(layer.attention_backward, 5, 1)))
+    patches: list[tuple[Any, str, Any]] = [
+        (layer, name, attended(getattr(layer, name), products, query))
+        for name, products, query in (("attention", 2, 0), ("attention_backward", 5, 1))
+    ]
     for module in (layer, lora, loss, model):
         for name, original in vars(kernels).items():
             if name.endswith("_") and not name.startswith("_") and getattr(module, name, None) is original:
