@@ -7,6 +7,7 @@
 kills   a tiny run is killed with SIGKILL at random instants (saving and evaluating included) and resumed until it ends;
         adapter, optimizer, counters, metrics and stopping step must be those of a run that was never killed
 disk    the disk is full at every write in turn; the checkpoints before it must verify, and a resume must end the same
+tmpfs   the same on file systems of some hundred KB, where every byte counts together (where mounting is permitted)
 flat    many tiny steps: memory, open files and step time must not grow
 
 Counts go to `benchmarks/results/faults.json`. The runs are forked from a process that has its imports done, so that a
@@ -24,6 +25,7 @@ import resource
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -191,6 +193,43 @@ def sweep_full_disks(folder: Path, scenario_name: str = "padded") -> dict[str, A
     return report
 
 
+def mounted(folder: Path, size_kb: int) -> bool:
+    """Makes a folder a file system of so many KB; says whether that is permitted."""
+    folder.mkdir(exist_ok=True)
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size_kb}k", "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def sweep_small_disks(folder: Path, sizes: int, scenario_name: str = "padded") -> dict[str, Any]:
+    """Disks on which a run ends sooner or later; then with room again."""
+    scenario = SCENARIOS[scenario_name]
+    place = folder / "disk"
+    report = {"disks": 0, "clear error": 0, "checkpoints good": 0, "same end after a resume": 0}
+    if not mounted(place, 64 * 1024):
+        return {**report, "permitted": False}
+    try:
+        if wait(forked(session(place / "run", scenario))) != 0:
+            raise RuntimeError("the run that nobody disturbs failed")
+        expected, used = outcome(place / "run"), shutil.disk_usage(place).used
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+    for number in range(1, sizes + 1):
+        mounted(place, used * number // (sizes + 1) // 1024)
+        try:
+            status = wait(forked(session(place / "run", scenario)))
+            newest = list_checkpoints(place / "run" / "checkpoints")
+            report["disks"] += 1
+            report["clear error"] += status == 6
+            report["checkpoints good"] += not any(checkpoint_problems(path) for _, path in newest)
+            subprocess.run(["mount", "-o", f"remount,size={64 * 1024}k", str(place)], check=True)
+            wait(forked(session(place / "run", scenario)))
+            report["same end after a resume"] += outcome(place / "run") == expected
+        finally:
+            subprocess.run(["umount", str(place)], check=True)
+    print(f"tmpfs: {report}")
+    return {**report, "permitted": True}
+
+
 class Wear(Observer):
     """Measures this process every `every` steps."""
 
@@ -239,10 +278,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int)
     parser.add_argument("--scenarios", default=",".join(KILLED), help="of the kills on a CPU")
+    parser.add_argument("--disks", type=int, default=40, help="sizes of small disks")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--only", choices=("kills", "disk", "flat"))
+    parser.add_argument("--only", choices=("kills", "disk", "tmpfs", "flat"))
     parser.add_argument("--gpu", action="store_true", help="at least 12 kills of runs on a GPU, and nothing else")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of --gpu")
     parser.add_argument("--gpu-session", action="store_true", help=argparse.SUPPRESS)
@@ -257,6 +297,7 @@ def main() -> None:
             folder, arguments.kills or 200, arguments.seed, tuple(arguments.scenarios.split(","))
         ),
         "disk": sweep_full_disks,
+        "tmpfs": lambda folder: sweep_small_disks(folder, arguments.disks),
         "flat": lambda folder: wear(folder, arguments.steps),
         "gpu": lambda folder: faults_gpu.sweep(folder, arguments.kills or 12, arguments.seed, arguments.device),
     }

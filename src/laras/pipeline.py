@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -20,13 +21,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from laras import __version__
 from laras.config import RunConfig
 from laras.config_file import config_to_yaml
-from laras.errors import ConfigError, LarasError, PlanError
+from laras.errors import ConfigError, LarasError, PlanError, RunStateError
 from laras.progress import Observer
 from laras.records import (
     DatasetProfile,
     Environment,
     EvalResult,
     HardwareSpec,
+    Record,
     RunResult,
     Samples,
     SplitManifest,
@@ -218,7 +220,7 @@ def test(
             loss_improvement_ci95=loss_improvement_ci95(sums["base"], sums["tuned"], seed=config.seed),
             openings=len(read_openings(run.path)),
         )
-        evaluation.save(run.path)
+        _save(evaluation, run)
         if answers:
             observer.stage_started("answering with both models")
             samples = Samples(
@@ -227,7 +229,7 @@ def test(
                 max_new_tokens=_ANSWER_TOKENS,
                 samples=tuple(_answers(pair, rows, answers, config.seed, generate_samples)),
             )
-            samples.save(run.path)
+            _save(samples, run)
     _write_report(run, observer)
     if (sweep_dir := sweep_of(run.path)) is not None:  # whose page shows the score, too
         _write_report(RunDir(sweep_dir), observer)
@@ -362,18 +364,38 @@ def _write_run(
     from laras.data.store import write_tokens
 
     run = create_run_dir(config)
-    write_tokens(prepared.train, run.train_rows)
-    write_tokens(prepared.validation, run.validation_rows)
-    write_tokens(prepared.members, run.members)
-    if origin:
-        origin.copy_to(run)
-    seal_test(prepared.test, run.path)
-    for record in (prepared.profile, prepared.manifest, chosen, _environment(chosen.hardware)):
-        record.save(run.path)
-    if given is not None:
-        write_atomically(run.path / GIVEN_CONFIG_NAME, given)
-    write_atomically(run.config, config_to_yaml(config))
+    try:
+        write_tokens(prepared.train, run.train_rows)
+        write_tokens(prepared.validation, run.validation_rows)
+        write_tokens(prepared.members, run.members)
+        if origin:
+            origin.copy_to(run)
+        seal_test(prepared.test, run.path)
+        for record in (prepared.profile, prepared.manifest, chosen, _environment(chosen.hardware)):
+            record.save(run.path)
+        if given is not None:
+            write_atomically(run.path / GIVEN_CONFIG_NAME, given)
+        write_atomically(run.config, config_to_yaml(config))
+    except OSError as error:
+        shutil.rmtree(run.path, ignore_errors=True)  # half a run is none
+        raise ConfigError(
+            f"the run cannot be written to {run.path}: {error.strerror or error}",
+            hint="make room, or set output_dir to a folder of another disk",
+        ) from None
+    except LarasError:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
     return run
+
+
+def _save(record: Record, run: RunDir) -> None:
+    try:
+        record.save(run.path)
+    except OSError as error:
+        raise RunStateError(
+            f"the {record.name} record cannot be written to {run.path}: {error.strerror or error}",
+            hint="make room, then run `laras test` again",
+        ) from None
 
 
 def _environment(hardware: HardwareSpec) -> Environment:

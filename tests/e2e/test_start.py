@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 import laras
 from laras.cli.main import app
 from laras.errors import CheckpointError, ConfigError, ExitCode, RunStateError
-from laras.records import DatasetProfile, ParentRun, RunResult, SplitManifest, TrainPlan
+from laras.records import DatasetProfile, EvalResult, ParentRun, RunResult, SplitManifest, TrainPlan
 from laras.rundir import RunDir, hold
 from tiny_models import base_model
 
@@ -195,6 +195,22 @@ def test_a_run_in_use_or_with_damaged_weights_or_members_is_no_start(place: Plac
         place.child("refused", parent=broken)
     with pytest.raises(RunStateError, match="is not a run"):
         place.child("refused", parent=place.folder)
+
+
+def test_a_disk_that_is_full_at_the_beginning_leaves_no_half_run(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Any, run_dir: Path) -> Path:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SplitManifest, "save", full)
+        with pytest.raises(ConfigError, match=r"cannot be written to .*: No space left on device") as caught:
+            place.child("full")
+    assert caught.value.hint
+    assert not (place.folder / "runs" / "full").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(EvalResult, "save", full)
+        with pytest.raises(RunStateError, match="the evaluation record cannot be written"):
+            laras.test(place.parent)
 
 
 def test_on_the_command_line_the_other_run_lends_its_configuration(

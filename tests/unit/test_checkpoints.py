@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from laras.errors import CheckpointError, TrainingAborted
-from laras.training.checkpoints import list_checkpoints, remove_old_checkpoints, save_checkpoint, verify_checkpoint
+from laras.training.checkpoints import (
+    list_checkpoints,
+    remove_old_checkpoints,
+    save_checkpoint,
+    unwritable,
+    verify_checkpoint,
+)
 
 
 def write_two_files(folder: Path) -> None:
@@ -30,6 +37,13 @@ def test_a_save_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TrainingAborted, match="disk full"):
         save_checkpoint(tmp_path, 1, fail)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_copy_says_of_many_files_becomes_one_line() -> None:
+    files = [(f"from/{n}", f"to/{n}", f"[Errno 28] No space left on device: 'from/{n}' -> 'to/{n}'") for n in range(9)]
+    error = unwritable("best/", Path(), shutil.Error(files))
+    assert error.message.startswith("best/ cannot be written: [Errno 28] No space left on device; ")
+    assert "laras resume" in str(error.hint)
 
 
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """One process for all three, which loads the libraries once."""
     results = tmp_path_factory.mktemp("faults") / "faults.json"
-    short = ["--kills", "8", "--scenarios", "padded,packed,qlora", "--steps", "1000"]
+    short = ["--kills", "8", "--scenarios", "padded,packed,qlora", "--steps", "1000", "--disks", "4"]
     command = [sys.executable, str(SWEEP), "--results", str(results), *short]
     done = subprocess.run(command, capture_output=True, text=True, timeout=290, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -65,6 +65,14 @@ def test_a_disk_that_is_full_at_any_write_costs_no_checkpoint(report: dict[str, 
     counts = report["disk"]
     assert counts["limits"] >= 6
     assert {counts[key] for key in counts if key not in ("limits", "elapsed_s")} == {counts["limits"]}
+
+
+def test_a_small_disk_ends_a_run_clearly_and_costs_no_checkpoint(report: dict[str, Any]) -> None:
+    counts = report["tmpfs"]
+    if not counts["permitted"]:
+        pytest.skip("mounting a file system is not permitted here")
+    assert counts["disks"] == 4
+    assert {counts[key] for key in ("clear error", "checkpoints good", "same end after a resume")} == {4}
 
 
 def test_long_runs_stay_flat(report: dict[str, Any]) -> None:

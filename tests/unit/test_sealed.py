@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -138,6 +140,22 @@ def test_a_large_set_is_masked_block_by_block(tmp_path, monkeypatch):
     monkeypatch.setattr("laras.data.sealed._BLOCK_BYTES", 100)
     digest = seal_test(tokens([[number] for number in range(500)]), tmp_path)
     assert unseal(tmp_path, digest).num_rows == 500
+
+
+def test_an_opening_that_cannot_be_noted_is_none_and_leaves_the_ledger_whole(tmp_path, monkeypatch):
+    run = run_in(tmp_path)
+    open_sealed(run, "first")
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("laras.data.sealed.os.fsync", full)
+        with pytest.raises(SealedTestError, match=r"cannot be noted .* No space left on device; nothing was opened"):
+            open_sealed(run, "second")
+    assert [opening.purpose for opening in read_openings(run)] == ["first"]
+    open_sealed(run, "third")
+    assert [opening.purpose for opening in read_openings(run)] == ["first", "third"]
 
 
 def test_a_test_set_is_sealed_once(tmp_path):

@@ -11,6 +11,7 @@ The cache of prepared data seals its test part in the same way.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -222,9 +223,22 @@ def _ledger_path(run_dir: Path) -> Path:
 
 def _note(run_dir: Path, opening: Opening) -> None:
     """Appends one whole line and waits until it is on disk: noted before the rows are seen."""
-    with _ledger_path(run_dir).open("ab", buffering=0) as ledger:
-        ledger.write(opening.model_dump_json().encode() + b"\n")
-        os.fsync(ledger.fileno())
+    path, line = _ledger_path(run_dir), opening.model_dump_json().encode() + b"\n"
+    try:
+        with path.open("ab", buffering=0) as ledger:
+            before = ledger.tell()
+            try:
+                if ledger.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(ledger.fileno())
+            except OSError:
+                ledger.truncate(before)
+                raise
+    except OSError as error:
+        raise SealedTestError(
+            f"the opening cannot be noted in {path}: {error.strerror or error}; nothing was opened",
+            hint="make room, and see that the file can be written",
+        ) from None
 
 
 def _sample(table: pa.Table, max_samples: int | None, seed: int) -> pa.Table:

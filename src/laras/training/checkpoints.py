@@ -69,7 +69,10 @@ def write_whole(folder: Path, write_files: Callable[[Path], None]) -> Path:
 
 def unwritable(what: str, folder: Path, error: Exception) -> TrainingAborted:
     """The error of something that cannot be written below `folder`."""
-    reason = getattr(error, "strerror", None) or str(error)
+    if isinstance(error, shutil.Error):  # of a copy: one line a file, of which the first says enough
+        reason = str(error.args[0][0][-1]).partition(": ")[0]
+    else:
+        reason = getattr(error, "strerror", None) or str(error)
     try:
         free = f"; {shutil.disk_usage(folder).free / 1e6:,.0f} MB are free"
     except OSError:

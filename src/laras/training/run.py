@@ -175,7 +175,7 @@ class _Run:
             max_skipped_steps=self._config.max_skipped_steps,
             rehearsal_later_bytes=self._plan.memory.components.get("optimizer", 0) if rehearse else None,
             on_new_size=lambda event: self._revisions.note(event, counters, batches),
-            on_best=lambda checkpoint: publish_model(checkpoint, self._run_dir / "best"),
+            on_best=self._publish_best,
             model=model,
             args=args,
             data_collator=_no_collator,
@@ -209,6 +209,12 @@ class _Run:
         result = self._write_result(trainer, "finished")
         self._observer.training_finished("finished")
         return result
+
+    def _publish_best(self, checkpoint: Path) -> None:
+        try:
+            publish_model(checkpoint, self._run_dir / "best")
+        except WRITE_ERRORS as error:
+            raise unwritable("best/", self._run_dir, error) from error
 
     def _note_start(self, trainer: LarasTrainer, resume_from: Path | None) -> None:
         known = {event["detail"] for event in trainer.counters.events}
