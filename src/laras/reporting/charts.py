@@ -91,7 +91,7 @@ def loss_chart(run: RunData) -> Drawing | None:
     _mark_events(upper, run, labels=True)
     _mark_events(lower, run, labels=False)
     step_axis(lower)
-    figure.legend(*upper.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.legend(*upper.get_legend_handles_labels(), loc="lower center", ncols=3)
     return finish(figure, "loss", "Loss and perplexity over the steps", _loss_description(run, train, validation))
 
 
@@ -149,7 +149,7 @@ def memory_chart(run: RunData) -> Drawing | None:
     _from_zero(axis)
     axis.set_title("memory (GiB)")
     step_axis(axis)
-    figure.legend(loc="outside lower center", ncols=4)
+    figure.legend(loc="lower center", ncols=4)
     return finish(figure, "memory", "Memory over the steps, against the plan", description)
 
 
@@ -188,7 +188,7 @@ def comparison_chart(runs: Sequence[RunData], labels: Sequence[str], metric: str
     axis.set_title(title)
     _log_if_wide(axis)
     step_axis(axis)
-    figure.legend(loc="outside lower center", ncols=2)
+    figure.legend(loc="lower center", ncols=2)
     return finish(
         figure, f"compare-{metric.replace('_', '-')}", f"{title.capitalize()} of every run", ". ".join(parts) + "."
     )

@@ -16,6 +16,7 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -62,6 +63,8 @@ _STYLE: dict[Any, Any] = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
+# Room for a title, between parts, and for a line of the legend.
+_TITLE_INCHES, _GAP_INCHES, _LEGEND_LINE_INCHES = 0.26, 0.1, 0.24
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
 _FONT = re.compile(r"font-family:[^;]*;?|font-variant:[^;]*;?|font-stretch:[^;]*;?")
@@ -95,13 +98,14 @@ def new_figure(
     rows: int = 1, columns: int = 1, *, height: float = 2.7, share_x: bool = False
 ) -> tuple[Figure, list[Axes]]:
     """An empty figure of the page's width; `height` in inches of 72 points."""
-    figure = Figure(figsize=(9.0, height), layout="constrained")
+    figure = Figure(figsize=(9.0, height))
     axes = figure.subplots(rows, columns, squeeze=False, sharex=share_x)
     return figure, list(axes.flat)
 
 
 def finish(figure: Figure, name: str, title: str, description: str) -> Drawing:
     """Turns the figure into SVG that can stand in a page."""
+    _arrange(figure)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     root = ET.fromstring(buffer.getvalue())
@@ -124,6 +128,37 @@ def finish(figure: Figure, name: str, title: str, description: str) -> Drawing:
     ET.register_namespace("", _SVG)
     ET.register_namespace("xlink", _XLINK)
     return Drawing(name, title, description, ET.tostring(root, encoding="unicode"))
+
+
+def _arrange(figure: Figure) -> None:
+    """Gives axes of one size each, their titles and labels, and the legend below them their places.
+
+    matplotlib's constrained layout would do the same from several measurements of everything, which takes longer than
+    drawing; this measures the labels of each axis once.
+    """
+    renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
+    first = figure.axes[0].get_subplotspec()
+    assert first is not None  # `new_figure` has made them
+    rows, columns = first.get_gridspec().get_geometry()
+    left, above, below = [0.0] * columns, [0.0] * rows, [0.0] * rows  # inches
+    places: list[tuple[Axes, int, int]] = []
+    for axes in figure.axes:
+        spec = axes.get_subplotspec()
+        assert spec is not None
+        row, column = spec.rowspan.start, spec.colspan.start
+        places.append((axes, row, column))
+        beside, under = axes.yaxis.get_tightbbox(renderer), axes.xaxis.get_tightbbox(renderer)
+        left[column] = max(left[column], (axes.bbox.x0 - beside.x0) / figure.dpi if beside else 0.0)
+        below[row] = max(below[row], (axes.bbox.y0 - under.y0) / figure.dpi if under else 0.0)
+        above[row] = max(above[row], _TITLE_INCHES if axes.get_title(loc="left") else _GAP_INCHES)
+    lines = sum(-(-len(legend.get_texts()) // legend._ncols) for legend in figure.legends)  # type: ignore[attr-defined]
+    width, height = figure.get_size_inches()
+    wide = (width - sum(left) - _GAP_INCHES * 2 * columns) / columns
+    high = (height - sum(above) - sum(below) - _GAP_INCHES * rows - _LEGEND_LINE_INCHES * lines) / rows
+    for axes, row, column in places:
+        x = sum(left[: column + 1]) + (wide + 2 * _GAP_INCHES) * column + _GAP_INCHES / 2
+        y = height - sum(above[: row + 1]) - sum(below[:row]) - (high + _GAP_INCHES) * row - high
+        axes.set_position((x / width, y / height, wide / width, high / height))
 
 
 def step_axis(axes: Axes, label: str = "optimizer step") -> None:
