@@ -11,12 +11,14 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma2Config,
     GemmaConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     Phi3Config,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
     SmolLM3Config,
 )
@@ -53,6 +55,7 @@ CONFIGS = {
     "phi3, part rotated": Phi3Config(**{**PHI3, "hidden_size": 64}, partial_rotary_factor=0.75),
     "phi3, longrope": Phi3Config(**PHI3, rope_parameters=LONGROPE),
     "gemma": GemmaConfig(**SIZES, head_dim=8),
+    "smollm3": SmolLM3Config(**SIZES, pad_token_id=0, no_rope_layer_interval=2),
 }
 PLAIN = {  # and why their layers are not fused
     "mistral, narrow window": (
@@ -75,7 +78,8 @@ PLAIN = {  # and why their layers are not fused
     "llama, relu": (LlamaConfig(**SIZES, hidden_act="relu"), "the activation relu"),
     "gemma, gelu": (GemmaConfig(**SIZES, head_dim=8, hidden_act="gelu"), "the activation gelu"),
     "qwen3, odd heads": (Qwen3Config(**SIZES, head_dim=12), "heads of 12 channels"),
-    "smollm3": (SmolLM3Config(**SIZES, pad_token_id=0), "smollm3"),
+    "gemma2": (Gemma2Config(**SIZES, head_dim=8), "gemma2"),
+    "qwen2_moe": (Qwen2MoeConfig(**SIZES, num_experts=2, moe_intermediate_size=16), "qwen2_moe"),
 }
 LENGTHS = (5, 17, 9, 1, 12)
 
@@ -238,7 +242,14 @@ def test_planning_knows_which_layers_are_fused(folders, name):
 
 
 def test_planning_reads_what_a_configuration_leaves_out_as_transformers_does(tmp_path):
-    for model_type, longest in (("mistral", 4096), ("qwen2", None), ("qwen3", None), ("phi3", None), ("gemma", None)):
+    for model_type, longest in (
+        ("mistral", 4096),
+        ("qwen2", None),
+        ("qwen3", None),
+        ("phi3", None),
+        ("gemma", None),
+        ("smollm3", None),
+    ):
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, **SIZES, "pad_token_id": 0}))
         assert load_model_spec(tmp_path).fused_longest_tokens == longest
         model = build_model(

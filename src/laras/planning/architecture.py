@@ -17,7 +17,8 @@ from typing import Any
 
 from laras.errors import ConfigError
 from laras.planning.layer_forms import FusedSupport, fused_support
-from laras.records import ModelSpec, digest_of
+from laras.record_base import digest_of
+from laras.records import ModelSpec
 
 _KEYS: dict[str, tuple[str, ...]] = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
@@ -110,6 +111,7 @@ FAMILIES: dict[str, Family] = {
     "gpt2": Family(
         gated=False, qkv_bias=True, out_bias=True, mlp_bias=True, norm_bias=True, tied=True, learned_positions=True
     ),
+    "smollm3": Family(tied=True),
     "starcoder2": Family(gated=False, norm_bias=True, tied=True),
 }
 

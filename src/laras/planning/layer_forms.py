@@ -55,6 +55,7 @@ LAYER_FORMS: dict[str, LayerForm] = {
     "phi3": LayerForm(qkv=("qkv_proj",), gate_up=("gate_up_proj",), window="stated"),
     "qwen2": LayerForm(window="switched", default_window=4096),
     "qwen3": LayerForm(head_norm=True, window="switched", default_window=4096),
+    "smollm3": LayerForm(window="switched"),  # some of its layers do not rotate, which the layer itself says
 }
 FUSED_TYPES = frozenset(LAYER_FORMS)
 

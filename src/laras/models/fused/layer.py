@@ -49,6 +49,7 @@ class FusedLayer:
     key_norm: Tensor | None
     eps: float
     activation: str
+    rotates: bool
     heads: int
     key_value_heads: int
     channels: int
@@ -209,7 +210,8 @@ def _turned(layer: FusedLayer, q: Tensor, k: Tensor, documents: Documents) -> tu
         if weight is not None:
             out = heads.new_empty(heads.shape)
             head_norm_(heads, weight, layer.eps, out)
-        rope_(out, documents.cos_TC, documents.sin_TC, out)
+        if layer.rotates:
+            rope_(out, documents.cos_TC, documents.sin_TC, out)
         turned.append(out)
     return turned[0], turned[1]
 
@@ -218,11 +220,14 @@ def _turned_back(
     layer: FusedLayer, weight: Tensor | None, gradient: Tensor, raw: Tensor, documents: Documents, out: Tensor
 ) -> None:
     """The gradient to what `_turned` took."""
-    if weight is None:
+    if weight is None and layer.rotates:
         rope_(gradient, documents.cos_TC, documents.sin_TC, out, -1.0)
-        return
-    rope_(gradient, documents.cos_TC, documents.sin_TC, gradient, -1.0)
-    head_norm_backward_(raw, weight, layer.eps, gradient, out)
+    elif weight is None:
+        out.copy_(gradient)
+    else:
+        if layer.rotates:
+            rope_(gradient, documents.cos_TC, documents.sin_TC, gradient, -1.0)
+        head_norm_backward_(raw, weight, layer.eps, gradient, out)
 
 
 def _feed(layer: FusedLayer, middle: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:

@@ -108,11 +108,11 @@ class LoraGroup:
                 scale = self._scale(index)
                 if self._is_quantized:
                     self._factors[ranks, : self.inputs].copy_(a)
-                    self._factors[ranks, self.inputs :][:, rows].copy_((b * scale).t())
+                    torch.mul(b.t(), scale, out=self._factors[ranks, self.inputs :][:, rows])
                 else:
                     below, beside = self._place(rows, ranks)
                     below.copy_(a)
-                    beside.copy_(b * scale)
+                    torch.mul(b, scale, out=beside)
 
     def _place(self, rows: slice, ranks: slice) -> tuple[Tensor, Tensor]:
         below = self.storage[self.outputs :, : self.inputs][ranks]

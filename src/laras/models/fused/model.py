@@ -197,6 +197,7 @@ def _fused_layer(layer: Any, config: Any, form: LayerForm, dtype: torch.dtype, k
         key_norm=_norm_weight(attention.k_norm, form) if form.head_norm else None,
         eps=config.rms_norm_eps,
         activation=ACTIVATIONS[config.hidden_act],
+        rotates=bool(getattr(attention, "use_rope", True)),
         heads=config.num_attention_heads,
         key_value_heads=config.num_key_value_heads,
         channels=attention.head_dim,
