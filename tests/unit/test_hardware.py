@@ -66,3 +66,30 @@ def test_the_local_device_is_used_when_none_is_named():
     spec = load_hardware()
     assert spec.kind == ("cuda" if torch.cuda.is_available() else "cpu")
     assert spec.source == "local"
+
+
+@pytest.mark.parametrize("gpu", CATALOGUE, ids=lambda gpu: gpu.name)
+def test_the_figures_of_a_card_are_plausible_and_say_where_they_are_from(gpu):
+    assert any(kind in gpu.source for kind in ("datasheet", "whitepaper"))
+    assert 20 < gpu.half_tflops * 1e3 / gpu.bandwidth_gb_per_s < 450  # operations a byte
+    tensor_cores = gpu.compute_capability >= (7, 0)
+    consumer = gpu.name.startswith("RTX ") and not gpu.name.startswith(("RTX A", "RTX 6000", "RTX PRO"))
+    ratio = gpu.half_tflops / gpu.fp32_tflops
+    if not tensor_cores:
+        assert ratio == pytest.approx(2, rel=0.02)
+    elif consumer and gpu.compute_capability >= (8, 0):
+        assert ratio == pytest.approx(2, rel=0.02)  # half the rate when sums are fp32
+    else:
+        assert 3.5 < ratio < 31
+    names = {
+        "H": (9, 0),
+        "B2": (10, 0),
+        "RTX 50": (12, 0),
+        "RTX 40": (8, 9),
+        "RTX 30": (8, 6),
+        "A100": (8, 0),
+        "L4": (8, 9),
+    }
+    for name, capability in names.items():
+        if gpu.name.startswith(name):
+            assert gpu.compute_capability == capability
