@@ -128,8 +128,8 @@ def kernels_of(hardware: HardwareSpec, recorder: Recorder) -> Iterator[None]:
         efficient: Any = torch.ops.aten._scaled_dot_product_efficient_attention
         grad = query.requires_grad or key.requires_grad
         output: Tensor = efficient(query, key, value, bias, grad, dropout_p, is_causal, scale=scale)[0]
-        # On an H100 the result in half precision lies in memory as the query does (as that of cuDNN's kernel would), not
-        # token by token, so that the next product gets a copy. Measured: full fine-tuning of GPT-NeoX, and in fp32 not.
+        # On an H100 the result in half precision lies in memory as the query does (as that of cuDNN's kernel would),
+        # not token by token, so that the next product gets a copy. Measured on GPT-NeoX; in fp32 it is not so.
         as_query = capability >= (9, 0) and query.element_size() == 2 and query.is_contiguous()
         return output.contiguous() if as_query else output
 
