@@ -100,10 +100,10 @@ def rope_(heads_THC: Tensor, cos_TR: Tensor, sin_TR: Tensor, out_THC: Tensor, si
     out_THC.copy_(torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1))
 
 
-def _slope(gate: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """u and du/dgate of an activation written as `gate * sigmoid(u)`."""
+def _inner(gate: Tensor, activation: str) -> tuple[Tensor, Tensor | None]:
+    """u and du/dgate, None for 1, of an activation written as `gate * sigmoid(u)`."""
     if activation == "silu":
-        return gate, torch.ones_like(gate)
+        return gate, None
     if activation != "gelu_tanh":
         raise ValueError(f"activation {activation!r}; known are silu and gelu_tanh")
     square = gate * gate
@@ -117,9 +117,11 @@ def swiglu_(gate_TF: Tensor, up_TF: Tensor, out_TF: Tensor, activation: str = "s
     if gate_TF.is_cuda:
         _triton().swiglu_(gate_TF, up_TF, out_TF, activation)
         return
-    wide = gate_TF.float()
-    activated = wide * torch.sigmoid(_slope(wide, activation)[0])
-    out_TF.copy_(activated.to(gate_TF.dtype) * up_TF)
+    if activation == "silu":
+        out_TF.copy_(torch.nn.functional.silu(gate_TF) * up_TF)
+    else:
+        wide = gate_TF.float()
+        out_TF.copy_((wide * torch.sigmoid(_inner(wide, activation)[0])).to(gate_TF.dtype) * up_TF)
 
 
 def swiglu_backward_(gate_TF: Tensor, up_TF: Tensor, gradient_TF: Tensor, activation: str = "silu") -> None:
@@ -130,10 +132,11 @@ def swiglu_backward_(gate_TF: Tensor, up_TF: Tensor, gradient_TF: Tensor, activa
         _triton().swiglu_backward_(gate_TF, up_TF, gradient_TF, activation)
         return
     gate, up, gradient = gate_TF.float(), up_TF.float(), gradient_TF.float()
-    inner, inner_slope = _slope(gate, activation)
+    inner, inner_slope = _inner(gate, activation)
     sigmoid = torch.sigmoid(inner)
     activated = gate * sigmoid
-    slope = sigmoid + activated * (1 - sigmoid) * inner_slope
+    bend = activated * (1 - sigmoid)
+    slope = sigmoid + (bend if inner_slope is None else bend * inner_slope)
     # All three before the first is written: in float32 the sources are the targets.
     to_gate, to_up, product = gradient * up * slope, gradient * activated, activated * up
     gate_TF.copy_(to_gate)
