@@ -39,13 +39,13 @@ from laras.data.sealed import read_openings, seal_test, unseal
 from laras.data.store import token_table, tokens_digest
 from laras.errors import LarasError
 from laras.progress import Observer
+from laras.record_base import Record
 from laras.records import (
     DatasetProfile,
     EvalResult,
     ParentRun,
     PlanChange,
     PlanRevision,
-    Record,
     RunResult,
     SplitManifest,
     TrainPlan,

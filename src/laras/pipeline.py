@@ -7,33 +7,27 @@ With several processes (`torchrun`, `accelerate launch`) rank 0 prepares, plans 
 from __future__ import annotations
 
 import os
-import platform
 import shutil
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from laras import __version__
 from laras.config import RunConfig
 from laras.config_file import config_to_yaml
+from laras.environment import read_environment
 from laras.errors import ConfigError, LarasError, PlanError, RunStateError
 from laras.progress import Observer
+from laras.ranks import from_rank_zero, own_rank
+from laras.record_base import Record, write_atomically
 from laras.records import (
     DatasetProfile,
-    Environment,
     EvalResult,
-    HardwareSpec,
-    Record,
     RunResult,
     Samples,
     SplitManifest,
     TrainPlan,
-    write_atomically,
 )
 from laras.rundir import GIVEN_CONFIG_NAME, RunDir, create_run_dir, hold
 from laras.sweep_record import sweep_of
@@ -46,12 +40,8 @@ if TYPE_CHECKING:
     from laras.training.signals import StopRequest
     from laras.training.start import Start
 
-_RECORDED_PACKAGES = (
-    "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "unsloth", "triton",
-)  # fmt: skip
 ANSWERS = 3
 _ANSWER_TOKENS = 64
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -134,7 +124,7 @@ def train(
         TrainingInterrupted: Stopped by a signal and saved.
         TrainingAborted: Numbers that do not train, or memory that no split cures.
     """
-    observer = observer if observer is not None and _rank() == 0 else Observer()
+    observer = observer if observer is not None and own_rank() == 0 else Observer()
 
     def start() -> RunDir:
         origin = _find_start(from_run, checkpoint, observer)
@@ -147,7 +137,7 @@ def train(
         _require_fit(chosen)
         return _write_run(config, given, prepared, chosen, origin)
 
-    run = RunDir(Path(_from_rank_zero(lambda: str(start().path))))
+    run = RunDir(Path(from_rank_zero(lambda: str(start().path))))
     return _run_training(run, observer, lambda: None, stop)
 
 
@@ -166,7 +156,7 @@ def resume(
     """
     from laras.training.resume import choose_checkpoint
 
-    observer = observer if observer is not None and _rank() == 0 else Observer()
+    observer = observer if observer is not None and own_rank() == 0 else Observer()
     run = RunDir(Path(run_dir))
     run.load_config()
     return _run_training(run, observer, lambda: choose_checkpoint(run.path, checkpoint, observer), stop)
@@ -249,38 +239,6 @@ def _write_report(run: RunDir, observer: Observer) -> None:
         write_report([run.path])
     except LarasError as error:
         observer.warning(f"no report was written: {error.message}")
-
-
-def inspection_json(inspection: Inspection) -> dict[str, Any]:
-    """What `laras inspect --json` prints (docs: "What programs can rely on")."""
-    profile, manifest = inspection.profile, inspection.manifest
-    splits = {}
-    for name in ("train", "validation", "test"):
-        split = getattr(manifest, name)
-        splits[name] = {"rows": split.rows, "tokens": split.tokens.model_dump(mode="json"), "sha256": split.sha256}
-    return {
-        **profile.model_dump(mode="json", exclude={"schema_version", "parent_digest"}),
-        "splits": splits,
-        "drift": [drift.model_dump(mode="json") for drift in manifest.drift],
-        "excluded_rows": manifest.excluded_rows,
-        "warnings": list(manifest.warnings),
-    }
-
-
-def outcome_json(outcome: TrainOutcome) -> dict[str, Any]:
-    """What `laras train --json` and `laras resume --json` print."""
-    result = outcome.result
-    return {
-        "run_dir": str(outcome.run_dir),
-        "status": result.status,
-        "steps": result.steps,
-        "stopped_early": result.stopped_early,
-        "train_loss": result.train_loss,
-        "best": result.best.model_dump(mode="json") if result.best else None,
-        "plan": outcome.plan.model_dump(mode="json"),
-        "measured": result.measured.model_dump(mode="json"),
-        "events": [event.model_dump(mode="json") for event in result.events],
-    }
 
 
 def _load_tokenizer(config: RunConfig, observer: Observer) -> PreTrainedTokenizerBase:
@@ -371,7 +329,7 @@ def _write_run(
         if origin:
             origin.copy_to(run)
         seal_test(prepared.test, run.path)
-        for record in (prepared.profile, prepared.manifest, chosen, _environment(chosen.hardware)):
+        for record in (prepared.profile, prepared.manifest, chosen, read_environment(chosen.hardware)):
             record.save(run.path)
         if given is not None:
             write_atomically(run.path / GIVEN_CONFIG_NAME, given)
@@ -398,27 +356,6 @@ def _save(record: Record, run: RunDir) -> None:
         ) from None
 
 
-def _environment(hardware: HardwareSpec) -> Environment:
-    from laras.planning.hardware import driver_version
-
-    packages = {}
-    for name in _RECORDED_PACKAGES:
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return Environment(
-        laras_version=__version__,
-        python_version=platform.python_version(),
-        platform=f"{sys.platform}-{platform.machine()}",
-        packages=packages,
-        device=hardware.gpu_name,
-        driver=driver_version() if hardware.kind == "cuda" else None,
-        processes=int(os.environ.get("WORLD_SIZE", "1")),
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
-
-
 def _run_training(
     run: RunDir, observer: Observer, choose: Callable[[], Path | None], stop: StopRequest | None
 ) -> TrainOutcome:
@@ -429,8 +366,8 @@ def _run_training(
     from laras.training.start import start_weights
 
     config, chosen = run.load_config(), TrainPlan.load(run.path)
-    with hold(run) if _rank() == 0 else nullcontext():
-        resume_from = _from_rank_zero(choose)
+    with hold(run) if own_rank() == 0 else nullcontext():
+        resume_from = from_rank_zero(choose)
         tokenizer = _load_tokenizer(config, observer)
         observer.stage_started("loading the model")
         if config.full_determinism:  # cuBLAS reads it once, at the first matrix product
@@ -449,7 +386,7 @@ def _run_training(
             start=start_weights(run.path),
             stop=stop,
         )
-    if _rank() == 0:
+    if own_rank() == 0:
         _write_report(run, observer)
     return TrainOutcome(run.path, chosen, result)
 
@@ -481,31 +418,6 @@ def _device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _from_rank_zero(work: Callable[[], _T]) -> _T:
-    """The result of `work`, done by rank 0 alone; its error, if any, is raised in every process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return work()
-    import torch.distributed as dist
-    from accelerate import PartialState
-
-    PartialState()  # joins the process group, with the backend that fits the device
-    answer: list[Any] = [None, None]
-    if _rank() == 0:
-        try:
-            answer[0] = work()
-        except LarasError as error:
-            answer[1] = error
-    dist.broadcast_object_list(answer)
-    if answer[1] is not None:
-        raise answer[1]
-    result: _T = answer[0]
-    return result
 
 
 def _gib(size_bytes: int) -> str:

@@ -9,15 +9,11 @@ inputs give equal digests. Nothing here imports torch.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-from pathlib import Path
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import Field
 
-from laras.errors import RunStateError
+from laras.record_base import Record, Value
 
 Format = Literal["text", "prompt-completion", "messages", "alpaca", "sharegpt"]
 SplitName = Literal["train", "validation", "test"]
@@ -25,71 +21,6 @@ Precision = Literal["bf16", "fp16", "fp32"]
 LossKind = Literal["full", "chunked"]
 Optim = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
 RunStatus = Literal["running", "finished", "interrupted", "failed"]
-
-
-class Value(BaseModel):
-    """A frozen part of a record."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Record(Value):
-    """A stage's result, written as `records/<name>.json`."""
-
-    name: ClassVar[str]
-    schema_version: int = 1
-    parent_digest: str | None = None
-
-    def digest(self) -> str:
-        """SHA-256 of the canonical JSON, in hexadecimal."""
-        return digest_of(self.model_dump(mode="json"))
-
-    def save(self, run_dir: Path) -> Path:
-        """Writes the record whole or not at all; returns its path."""
-        folder = run_dir / "records"
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f"{self.name}.json"
-        write_atomically(path, self.model_dump_json(indent=2) + "\n")
-        return path
-
-    @classmethod
-    def load(cls, run_dir: Path) -> Self:
-        """Reads the record of a run.
-
-        Raises:
-            RunStateError: When it is missing, damaged, or of a version that this Laras does not know.
-        """
-        path = run_dir / "records" / f"{cls.name}.json"
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
-            raise RunStateError(
-                f"{run_dir} has no {cls.name} record", hint="name the folder of a run, as `laras runs` lists them"
-            ) from None
-        except (ValidationError, OSError) as error:
-            raise RunStateError(
-                f"{path} is damaged or of another version: {str(error).splitlines()[0]}",
-                hint="restore the file, or start a new run",
-            ) from None
-
-
-def digest_of(value: Any) -> str:
-    """SHA-256 of a JSON-like value's canonical form."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes aside, syncs and renames, so that a reader sees the old file or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------- data
@@ -173,7 +104,7 @@ class SplitManifest(Record):
     seed: int
     ratios: tuple[float, float, float]  # train, validation, test
     stratify_by: str | None
-    strata: dict[str, dict[str, int]] = {}  # value of the field → rows in each split
+    strata: dict[str, dict[str, int]] = Field(default_factory=dict)  # value of the field → rows in each split
     train: SplitInfo
     validation: SplitInfo
     test: SplitInfo

@@ -31,17 +31,8 @@ from pydantic import ValidationError
 from laras.config import RunConfig
 from laras.config_file import load_config
 from laras.errors import ConfigError, RunStateError
-from laras.records import (
-    BestCheckpoint,
-    Environment,
-    EvalResult,
-    Record,
-    RunResult,
-    RunStatus,
-    TrainPlan,
-    Value,
-    write_atomically,
-)
+from laras.record_base import Record, Value, write_atomically
+from laras.records import BestCheckpoint, Environment, EvalResult, RunResult, RunStatus, TrainPlan
 
 CONFIG_NAME = "config.yaml"
 GIVEN_CONFIG_NAME = "config.given.yaml"

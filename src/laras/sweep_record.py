@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 from laras.errors import RunStateError
-from laras.records import Record, Value
+from laras.record_base import Record, Value
 
 TRIALS_FOLDER = "trials"
 BASE_CONFIG_NAME, BEST_CONFIG_NAME, STUDY_NAME = "base.yaml", "laras.yaml", "study.sqlite3"

@@ -8,7 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from laras.errors import RunStateError
-from laras.records import BestCheckpoint, Measured, RunResult, digest_of, write_atomically
+from laras.record_base import digest_of, write_atomically
+from laras.records import BestCheckpoint, Measured, RunResult
 
 
 def result(**changes: object) -> RunResult:

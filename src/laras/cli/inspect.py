@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from laras.cli.options import ConfigArguments, JsonOption, print_json, read_config
 from laras.cli.view import open_view
@@ -23,7 +23,7 @@ _SHOWN_STATISTICS = ("rows", "min", "median", "mean", "p90", "p95", "p99", "max"
 
 def inspect_command(arguments: ConfigArguments = None, as_json: JsonOption = False) -> None:
     """Show format, token lengths, duplicates, splits and problems of the data."""
-    from laras.pipeline import inspect, inspection_json
+    from laras.pipeline import inspect
 
     config, _ = read_config(arguments)
     try:
@@ -37,6 +37,22 @@ def inspect_command(arguments: ConfigArguments = None, as_json: JsonOption = Fal
         print_json(inspection_json(inspection))
     else:
         _show(inspection)
+
+
+def inspection_json(inspection: Inspection) -> dict[str, Any]:
+    """What `laras inspect --json` prints (docs: "What programs can rely on")."""
+    profile, manifest = inspection.profile, inspection.manifest
+    splits = {}
+    for name in SPLITS:
+        split = getattr(manifest, name)
+        splits[name] = {"rows": split.rows, "tokens": split.tokens.model_dump(mode="json"), "sha256": split.sha256}
+    return {
+        **profile.model_dump(mode="json", exclude={"schema_version", "parent_digest"}),
+        "splits": splits,
+        "drift": [drift.model_dump(mode="json") for drift in manifest.drift],
+        "excluded_rows": manifest.excluded_rows,
+        "warnings": list(manifest.warnings),
+    }
 
 
 def _show(inspection: Inspection) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -63,9 +63,24 @@ def resume_command(
     _show(outcome, evaluation, as_json)
 
 
+def outcome_json(outcome: TrainOutcome) -> dict[str, Any]:
+    """What `laras train --json` and `laras resume --json` print."""
+    result = outcome.result
+    return {
+        "run_dir": str(outcome.run_dir),
+        "status": result.status,
+        "steps": result.steps,
+        "stopped_early": result.stopped_early,
+        "train_loss": result.train_loss,
+        "best": result.best.model_dump(mode="json") if result.best else None,
+        "plan": outcome.plan.model_dump(mode="json"),
+        "measured": result.measured.model_dump(mode="json"),
+        "events": [event.model_dump(mode="json") for event in result.events],
+    }
+
+
 def _show(outcome: TrainOutcome, evaluation: EvalResult | None, as_json: bool) -> None:
     from laras.cli.test import evaluation_json, show_evaluation
-    from laras.pipeline import outcome_json
 
     if as_json:
         print_json(outcome_json(outcome) | ({"test": evaluation_json(evaluation)} if evaluation else {}))

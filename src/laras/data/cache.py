@@ -24,7 +24,8 @@ from laras.data.sealed import seal_test, unseal
 from laras.data.store import read_tokens, tokens_digest, write_tokens
 from laras.errors import RunStateError
 from laras.progress import Observer
-from laras.records import DatasetProfile, SplitManifest, digest_of
+from laras.record_base import digest_of
+from laras.records import DatasetProfile, SplitManifest
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -18,7 +18,8 @@ from laras.data.render import CHAT_FORMATS
 from laras.data.sources import Source, find_sources
 from laras.errors import BadRowsError, DataError
 from laras.progress import Observer
-from laras.records import DatasetProfile, RowProblem, SplitManifest, digest_of
+from laras.record_base import digest_of
+from laras.records import DatasetProfile, RowProblem, SplitManifest
 
 if TYPE_CHECKING:
     import pyarrow as pa

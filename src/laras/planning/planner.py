@@ -24,6 +24,7 @@ from laras.planning.remedies import find_remedies
 from laras.planning.selection import resolved_choices, select
 from laras.planning.simulated import Simulate
 from laras.planning.workload import Workload, workload
+from laras.record_base import digest_of
 from laras.records import (
     Alternative,
     DatasetProfile,
@@ -33,7 +34,6 @@ from laras.records import (
     SplitManifest,
     TimeEstimate,
     TrainPlan,
-    digest_of,
 )
 
 # A row costs half as much to validate as to train on, with frozen weights; so much of a run may go to validation.

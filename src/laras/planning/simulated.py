@@ -17,7 +17,8 @@ from laras.planning.allocator import replay
 from laras.planning.memory import context_bytes, workspace_bytes
 from laras.planning.trace import StepTrace
 from laras.planning.work import Work
-from laras.records import HardwareSpec, MemoryEstimate, ModelSpec, PlanChoices, digest_of, write_atomically
+from laras.record_base import digest_of, write_atomically
+from laras.records import HardwareSpec, MemoryEstimate, ModelSpec, PlanChoices
 
 Simulate = Callable[[RunConfig, PlanChoices, int, HardwareSpec, int | None], StepTrace]
 """As `laras.models.simulation.trace_step`; the pipeline hands it in."""

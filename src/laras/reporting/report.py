@@ -14,7 +14,7 @@ from jinja2 import PackageLoader, StrictUndefined
 from laras import __version__
 from laras.config_file import config_to_yaml
 from laras.errors import ConfigError, RunStateError
-from laras.records import write_atomically
+from laras.record_base import write_atomically
 from laras.reporting import charts, data_charts, formatting
 from laras.reporting.drawing import Drawing, drawing_style
 from laras.reporting.history import BUCKETS, Series

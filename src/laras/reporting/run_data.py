@@ -10,6 +10,7 @@ from typing import TypeVar
 from laras.config import RunConfig
 from laras.data.sealed import read_openings
 from laras.errors import RunStateError
+from laras.record_base import Record
 from laras.records import (
     BestCheckpoint,
     DatasetProfile,
@@ -19,7 +20,6 @@ from laras.records import (
     Opening,
     ParentRun,
     PlanRevision,
-    Record,
     RunEvent,
     RunResult,
     RunStatus,

@@ -8,7 +8,8 @@ from typing import TypeVar
 
 from laras.data.sealed import read_openings
 from laras.errors import RunStateError
-from laras.records import DatasetProfile, EvalResult, Opening, Record, RunResult, SplitManifest
+from laras.record_base import Record
+from laras.records import DatasetProfile, EvalResult, Opening, RunResult, SplitManifest
 from laras.reporting.history import Series, read_history
 from laras.rundir import RunDir, is_held
 from laras.sweep_record import BEST_CONFIG_NAME, SweepRecord, SweepTrial, trial_dir

@@ -10,7 +10,8 @@ import yaml
 
 from laras.config import RunConfig
 from laras.errors import RunStateError
-from laras.records import RunResult, write_atomically
+from laras.record_base import write_atomically
+from laras.records import RunResult
 from laras.sweep_record import (
     BEST_CONFIG_NAME,
     SweepRecord,

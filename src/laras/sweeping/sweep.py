@@ -16,7 +16,8 @@ from laras.config_file import config_to_yaml, load_config
 from laras.data.sealed import read_openings
 from laras.errors import ConfigError, LarasError, RunStateError, TrainingAborted, TrainingInterrupted
 from laras.progress import Observer
-from laras.records import PlanChoices, SplitManifest, digest_of, write_atomically
+from laras.record_base import digest_of, write_atomically
+from laras.records import PlanChoices, SplitManifest
 from laras.rundir import CONFIG_NAME, GIVEN_CONFIG_NAME, RunDir, hold, short_model_name
 from laras.sweep_record import BASE_CONFIG_NAME, STUDY_NAME, SweepParameter, SweepRecord, is_sweep, trial_dir
 from laras.sweeping.outcome import SweepOutcome, best_of, trial_record, values_text, write_best_config

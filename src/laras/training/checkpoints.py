@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from laras.errors import CheckpointError, TrainingAborted
 from laras.progress import Observer
-from laras.records import write_atomically
+from laras.record_base import write_atomically
 
 MANIFEST_NAME = "manifest.json"
 REASON_NAME = "damaged.txt"

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerBase
 from laras.config import RunConfig
 from laras.errors import ConfigError, RunStateError
 from laras.models.builtin import resolve_model
-from laras.records import TrainPlan, digest_of
+from laras.record_base import digest_of
+from laras.records import TrainPlan
 from laras.training.state import read_state
 
 Identity = dict[str, Any]  # plain values by name; None where it could not be found out

@@ -23,7 +23,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from laras.config import RunConfig
 from laras.progress import Observer
-from laras.records import TrainPlan, write_atomically
+from laras.record_base import write_atomically
+from laras.records import TrainPlan
 from laras.training.tracker_clients import (
     Described,
     Metrics,

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from laras.progress import Observer
-from laras.records import write_atomically
+from laras.record_base import write_atomically
 
 
 class MetricsLog(TrainerCallback):

@@ -1,0 +1,78 @@
+"""What every record is: frozen, versioned JSON with a digest, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from laras.errors import RunStateError
+
+
+class Value(BaseModel):
+    """A frozen part of a record."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Record(Value):
+    """A stage's result, written as `records/<name>.json`."""
+
+    name: ClassVar[str]
+    schema_version: int = 1
+    parent_digest: str | None = None
+
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON, in hexadecimal."""
+        return digest_of(self.model_dump(mode="json"))
+
+    def save(self, run_dir: Path) -> Path:
+        """Writes the record whole or not at all; returns its path."""
+        folder = run_dir / "records"
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.name}.json"
+        write_atomically(path, self.model_dump_json(indent=2) + "\n")
+        return path
+
+    @classmethod
+    def load(cls, run_dir: Path) -> Self:
+        """Reads the record of a run.
+
+        Raises:
+            RunStateError: When it is missing, damaged, or of a version that this Laras does not know.
+        """
+        path = run_dir / "records" / f"{cls.name}.json"
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise RunStateError(
+                f"{run_dir} has no {cls.name} record", hint="name the folder of a run, as `laras runs` lists them"
+            ) from None
+        except (ValidationError, OSError) as error:
+            raise RunStateError(
+                f"{path} is damaged or of another version: {str(error).splitlines()[0]}",
+                hint="restore the file, or start a new run",
+            ) from None
+
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of a JSON-like value's canonical form."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes aside, syncs and renames, so that a reader sees the old file or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
