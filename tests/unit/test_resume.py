@@ -101,6 +101,23 @@ def test_a_resume_from_a_named_step_takes_the_same_way(tmp_path: Path) -> None:
         train(tmp_path / "again", SCENARIOS["padded"], resume=4)
 
 
+@pytest.mark.parametrize("evaluation_due", [False, True])
+def test_a_run_that_died_after_its_last_step_takes_no_further_one(tmp_path: Path, evaluation_due: bool) -> None:
+    """Its last step lies within an epoch, and the process died before it had left a result."""
+    scenario = Scenario(config={"max_steps": 4}, choices={"eval_steps": 2, "save_steps": 2})
+    if evaluation_due:
+        with pytest.raises(TrainingInterrupted):
+            train(tmp_path / "run", scenario, observer=Signaller(signal.SIGTERM, in_evaluation=2))
+    else:
+        train(tmp_path / "run", scenario)
+        RunResult.load(tmp_path / "run").model_copy(update={"status": "running"}).save(tmp_path / "run")
+    train(tmp_path / "run", scenario, resume=True)
+    train(tmp_path / "whole", scenario)
+    expected, found = outcome(tmp_path / "whole"), outcome(tmp_path / "run")
+    assert found == expected
+    assert found["steps"] == 4
+
+
 def test_a_finished_run_has_nothing_to_resume(tmp_path: Path) -> None:
     train(tmp_path, SCENARIOS["padded"])
     with pytest.raises(RunStateError, match="has finished"):

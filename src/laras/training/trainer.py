@@ -129,7 +129,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         first = steps_trained_in_current_epoch if epoch == epochs_trained else 0
         self._begin_once()
         for index in range(first, num_update_steps_per_epoch):
-            if self.control.should_training_stop:
+            if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
                 return
             rows = self.batches.step(epoch, index)
             self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
