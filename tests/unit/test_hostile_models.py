@@ -226,6 +226,7 @@ def test_an_impossible_model_name_is_refused(source: str, tmp_path: Path) -> Non
         "{{ raise_exception('no') }}",
         "{{ nope.a.b }}",
         "{{ '\\ud800' }}",
+        "{% continue %}",
     ],
 )
 def test_a_hostile_chat_template_stays_in_its_sandbox(

@@ -295,7 +295,7 @@ def _compiled(source: str) -> ChatTemplate:
     try:
         with memory_limit(_DECODED_BYTES):
             return ChatTemplate(source)
-    except (TemplateError, *_PROGRAM_ERRORS) as error:
+    except (TemplateError, SyntaxError, *_PROGRAM_ERRORS) as error:  # `{% continue %}` outside a loop is the second
         detail = str(error) or type(error).__name__
         raise DataError(
             f"the chat template is no Jinja that can be compiled: {detail:.300}", hint=_TEMPLATE_HINT
