@@ -18,6 +18,7 @@ from laras.cli.main import app
 from laras.errors import CheckpointError, ConfigError, ExitCode, RunStateError
 from laras.records import DatasetProfile, EvalResult, ParentRun, RunResult, SplitManifest, TrainPlan
 from laras.rundir import RunDir, hold
+from laras.sweep_record import SweepRecord, trial_dir
 from tiny_models import base_model
 
 WORDS = ["sea", "sun", "tree", "salt", "rain", "road", "bird", "snow", "lamp", "door", "fish", "wind"]
@@ -226,3 +227,11 @@ def test_on_the_command_line_the_other_run_lends_its_configuration(
     refused = CliRunner().invoke(app, ["train", "--from", "runs/parent", "seed=7"])
     assert isinstance(refused.exception, RunStateError)
     assert "in the test set there" in str(refused.exception) and "hint:" in str(refused.exception)
+    sweep = place.folder / "runs" / "sweep"
+    shutil.copytree(place.parent, trial_dir(sweep, 0))
+    SweepRecord(config_digest="0", space=(), seed=1, wanted_trials=1, status="finished", final=0).save(sweep)
+    done = CliRunner().invoke(app, ["train", "--from", "runs/sweep", "max_steps=1", "--json"])
+    assert done.exit_code == 0, done.output
+    run = place.folder / json.loads(done.stdout)["run_dir"]
+    assert run.parent == place.folder / "runs"  # not among the trials
+    assert ParentRun.load(run).run == "000"

@@ -45,14 +45,18 @@ def read_config(arguments: Sequence[str] | None, from_run: Path | None = None) -
 
     Args:
         arguments: A file, overrides, both or none.
-        from_run: A run whose configuration is taken where no file is named.
+        from_run: A run, or a sweep, whose configuration is taken where no file is named.
 
     Raises:
         ConfigError: With every problem at once.
     """
     path, overrides = split_arguments(arguments or ())
     if path is None and from_run is not None:
-        return inherited_config(RunDir(from_run), overrides), None
+        lender = final_run(from_run)
+        beside = (
+            [] if lender == from_run else [f"output_dir={from_run.parent}"]
+        )  # a sweep's own folder is for its trials
+        return inherited_config(RunDir(lender), [*beside, *overrides]), None
     config = load_config(path, overrides)
     return config, path.read_text(encoding="utf-8") if path else None
 

@@ -9,6 +9,7 @@ import typer
 
 from laras.cli.options import ConfigArguments, JsonOption, RunArgument, print_json, read_config
 from laras.cli.view import duration, open_view, size
+from laras.sweep_record import final_run
 
 if TYPE_CHECKING:
     from laras.pipeline import TrainOutcome
@@ -22,7 +23,8 @@ FromOption = Annotated[
     typer.Option(
         "--from",
         metavar="RUN",
-        help="Start from the best weights of this run, with a fresh optimizer; without CONFIG, with its configuration.",
+        help="Start from the best weights of this run (or sweep) with a fresh optimizer; without CONFIG, with its "
+        "configuration.",
         show_default=False,
     ),
 ]
@@ -42,8 +44,9 @@ def train_command(
     from laras import pipeline
 
     config, given = read_config(arguments, from_run)
+    lender = final_run(from_run) if from_run is not None else None
     with open_view() as view:
-        outcome = pipeline.train(config, view, given=given, from_run=from_run, checkpoint=checkpoint)
+        outcome = pipeline.train(config, view, given=given, from_run=lender, checkpoint=checkpoint)
         evaluation = pipeline.test(outcome.run_dir, view) if test else None
     _show(outcome, evaluation, as_json)
 
