@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 256},
     "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 256},
 }
+
+torch.set_num_threads(1)  # more make tiny matrices slower
+# Garbage is looked for often while models load; what the imports left is then passed over.
+gc.collect()
+gc.freeze()
 
 
 def tokenizer() -> PreTrainedTokenizerFast:

@@ -13,6 +13,7 @@ A block whose first line is `# not run in tests: REASON` is left out; of a READM
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -119,6 +120,8 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workplace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
         finished = laras.train(settings, run_name="finished").run_dir
+        gc.collect()
+        gc.freeze()  # what the libraries hold is not looked through again at every run
         with pytest.raises(TrainingInterrupted):
             laras.train(settings, run_name="interrupted", observer=_StopAfter())
         yield Workplace(folder, model, finished, folder / "runs" / "interrupted")
