@@ -22,6 +22,7 @@ class Documents:
     longest_tokens: int
     cos_TC: Tensor
     sin_TC: Tensor
+    rows: int | None = None  # where every document has the same length, as the rows of a padded batch have
 
 
 def attention(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, documents: Documents, scale: float) -> tuple[Tensor, Any]:
@@ -61,13 +62,16 @@ def attention_backward(
 
 
 def _reference(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, documents: Documents, scale: float) -> Tensor:
-    mask_TT = document_mask(documents.cu_seqlens, q_THC.shape[0])
     groups = q_THC.shape[1] // k_TGC.shape[1]
-    q, k, v = (one.transpose(0, 1)[None] for one in (q_THC, k_TGC, v_TGC))
+    rows = documents.rows or 1
+    q, k, v = (one.view(rows, -1, *one.shape[1:]).transpose(1, 2) for one in (q_THC, k_TGC, v_TGC))
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask_TT, scale=scale)
-    return out[0].transpose(0, 1).contiguous()
+    mask_TT = None if documents.rows else document_mask(documents.cu_seqlens, q_THC.shape[0])
+    out = torch.nn.functional.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask_TT, is_causal=mask_TT is None, scale=scale
+    )
+    return out.transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def _meta_backward(q_THC: Tensor, k_TGC: Tensor, documents: Documents) -> tuple[Tensor, Tensor, Tensor]:

@@ -80,14 +80,14 @@ class FusedModel:
         input_ids = batch["input_ids"]
         rows, length = input_ids.shape
         positions, cu_seqlens = batch.get("position_ids"), batch.get("cu_seqlens")
-        longest = self._longest_tokens
+        longest, equal_rows = self._longest_tokens, None
         if cu_seqlens is None:
-            longest = length
+            longest, equal_rows = length, rows
             cu_seqlens = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device=input_ids.device)
             positions = torch.arange(length, device=input_ids.device).repeat(rows)[None]
         hidden_TD = self._decoder.embed_tokens(input_ids.view(-1)).detach()
         cos, sin = self._decoder.rotary_emb(hidden_TD, positions)
-        documents = Documents(cu_seqlens, longest, cos[0], sin[0])
+        documents = Documents(cu_seqlens, longest, cos[0], sin[0], equal_rows)
         if self._inputs is not None:
             self._inputs.begin()
         for layer in self.layers:
