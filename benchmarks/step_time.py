@@ -6,7 +6,8 @@
 Measured were the cases of `memory.py` and `throughput.py` on an H100. The work of a case (its operations, counted while
 its step is simulated) is kept in a file, since the layers go on changing and the measurements do not. Left out: 4-bit
 cases of the fused layers in `memory_measured.jsonl`, whose weights were unpacked in another way then; those of
-`throughput.jsonl` are of the present way.
+`throughput.jsonl` are of the present way. Work of fused layers that is in the file already is kept: it was recorded
+when the layers were nearer to those that were measured.
 """
 
 from __future__ import annotations
@@ -89,10 +90,14 @@ def _attended() -> float:
 def record(out: Path) -> None:
     """Writes measured seconds and simulated work of every case that is used."""
     facts = memory._rows(memory.RESULTS / "memory_measured.jsonl")
+    kept = memory._rows(out) if out.is_file() else {}
     with out.open("w") as file:
         for case in memory.cases():
             fact = facts.get(case.key, {})
             if "micro_s" not in fact or (fact["fused"] and "nf4" in case.key):
+                continue
+            if fact["fused"] and case.key in kept:
+                print(json.dumps(kept[case.key]), file=file, flush=True)
                 continue
             choices = memory.choices_of(case)
             row = {
@@ -108,6 +113,9 @@ def record(out: Path) -> None:
             fact = json.loads(line)
             if "laras" not in fact or "step_ms" not in fact:
                 continue
+            if (key := f"throughput|{fact['name']}") in kept:
+                print(json.dumps(kept[key]), file=file, flush=True)
+                continue
             case = throughput.CASES[fact["name"]]
             values = {
                 "model_type": "qwen2",
@@ -116,7 +124,7 @@ def record(out: Path) -> None:
                 **throughput.SHAPES[case.get("shape", "1.5b")],
             }
             row = {
-                "key": f"throughput|{fact['name']}",
+                "key": key,
                 "measured_s": fact["step_ms"] / 1e3,
                 "span_tokens": _attended(),
                 "target_share": fact["max_targets"] / (case["rows"] * throughput.MAX_LENGTH),
