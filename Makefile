@@ -55,9 +55,10 @@ docs: install
 	$(BIN)/python -m pip install -q -c requirements.lock --group docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-# The long sweeps of the fault promises; counts go to benchmarks/results/faults.json.
+# The long sweeps of the fault promises; counts go to benchmarks/results/.
 faults: install-dev
 	$(BIN)/python benchmarks/faults.py
+	$(BIN)/python benchmarks/sweep_kills.py
 
 clean:
 	rm -rf $(VENV) build dist site src/*.egg-info
