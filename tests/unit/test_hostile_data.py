@@ -230,6 +230,17 @@ def test_the_bound_on_memory_ends_with_its_block(tmp_path: Path) -> None:
     bytearray(2**28)
 
 
+def test_blocks_of_several_threads_leave_no_bound_behind() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    first, second = memory_limit(2**30), memory_limit(2**31)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)  # in the order of threads, not of blocks
+    assert resource.getrlimit(resource.RLIMIT_AS) != before
+    second.__exit__(None, None, None)
+    assert resource.getrlimit(resource.RLIMIT_AS) == before
+
+
 def test_links_in_circles_and_pipes_in_a_folder_are_passed_over(tmp_path: Path) -> None:
     written(tmp_path / "a.jsonl", GOOD)
     (tmp_path / "up").symlink_to("..")
