@@ -22,6 +22,7 @@ from laras.pipeline import Inspection, TrainOutcome
 from laras.progress import Observer
 from laras.records import EvalResult, TrainPlan
 from laras.rundir import RunDir, inherited_config
+from laras.sweep_record import final_run
 
 if TYPE_CHECKING:
     from laras.reporting.export import Export, Format
@@ -68,11 +69,12 @@ def train(
     With `from_run` and no configuration, that of the other run is taken, with the overrides.
     """
     given = Path(config).read_text(encoding="utf-8") if isinstance(config, str | Path) else None
-    if config is None and from_run is not None:
-        resolved = inherited_config(RunDir(Path(from_run)), overrides)
+    lender = final_run(Path(from_run)) if from_run is not None else None
+    if config is None and lender is not None:
+        resolved = inherited_config(RunDir(lender), overrides)
     else:
         resolved = configure(config, **overrides)
-    return pipeline.train(resolved, observer, given=given, from_run=from_run, checkpoint=checkpoint)
+    return pipeline.train(resolved, observer, given=given, from_run=lender, checkpoint=checkpoint)
 
 
 def resume(run_dir: str | Path, *, checkpoint: int | None = None, observer: Observer | None = None) -> TrainOutcome:
