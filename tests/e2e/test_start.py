@@ -22,7 +22,7 @@ from laras.sweep_record import SweepRecord, trial_dir
 from tiny_models import base_model
 
 WORDS = ["sea", "sun", "tree", "salt", "rain", "road", "bird", "snow", "lamp", "door", "fish", "wind"]
-ADAPTER = "adapter_model.safetensors"
+ADAPTER, MODEL = "adapter_model.safetensors", "model.safetensors"
 STATE = ("optimizer.safetensors", "training.json", "trainer_state.json")
 
 
@@ -141,6 +141,17 @@ def test_a_run_that_lost_all_its_checkpoints_starts_again_from_the_same_weights(
     (again / "records" / "result.json").unlink()
     with pytest.raises(CheckpointError, match="start is damaged"):
         laras.resume(again)
+
+
+def test_whole_weights_are_a_start_too_and_an_adapter_is_none_for_them(place: Place) -> None:
+    full = {"finetuning_type": "full", "learning_rate": 1e-3, "max_steps": 2}
+    parent = laras.train(place.settings(run_name="full-parent", **full)).run_dir
+    run = place.child("full-child", parent=parent, **{**full, "learning_rate": 1e-12})
+    before, after = load_file(parent / "best" / MODEL), load_file(run / "final" / MODEL)
+    base = load_file(place.folder / "model" / MODEL)
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    assert not all(torch.allclose(base[name], after[name], atol=1e-6) for name in before)
+    assert "finetuning_type: lora there, full here" in place.refusal(**full).problems
 
 
 def test_another_division_of_the_same_rows_is_refused_in_both_directions(place: Place) -> None:
