@@ -32,12 +32,12 @@ from laras.errors import (
     TrainingInterrupted,
 )
 from laras.progress import Observer, StepReport
-from laras.records import RunResult, SplitManifest
+from laras.records import BestCheckpoint, RunResult, SplitManifest
 from laras.reporting.sweep_data import load_sweep_data
 from laras.rundir import RunDir, list_runs, run_status
 from laras.sweep_record import SweepRecord, trial_dir
-from laras.sweeping.outcome import SweepOutcome
-from laras.sweeping.study import Study
+from laras.sweeping.outcome import SweepOutcome, trial_record
+from laras.sweeping.study import Study, pruned_step_of, reason_of
 from tiny_models import base_model
 
 WORDS = ["sea", "sun", "tree", "salt", "rain", "road", "bird", "snow", "lamp", "door", "fish", "wind"]
@@ -209,6 +209,20 @@ def test_a_killed_sweep_goes_on_with_the_same_trials_and_ends_as_if_nothing_had_
     assert facts(sweep("killed")) == facts(whole)
     resumes = [event.kind for event in RunResult.load(trial_dir(folder, 1)).events].count("resume")
     assert resumes == 1
+
+
+def test_what_a_pruned_trial_reached_is_taken_from_the_study(whole: SweepOutcome, tmp_path: Path) -> None:
+    """The result record of its run may be of a process that was killed before the last validations."""
+    pruned = next(trial for trial in whole.record.trials if trial.status == "pruned")
+    study = Study(whole.sweep_dir / "study.sqlite3", whole.record.space, whole.record.seed)
+    frozen = study.trials()[pruned.number]
+    study.close()
+    stale = RunResult.load(trial_dir(whole.sweep_dir, pruned.number)).model_copy(
+        update={"status": "running", "steps": 1, "best": BestCheckpoint(step=1, eval_loss=99.0)}
+    )
+    stale.save(trial_dir(tmp_path, pruned.number))
+    found = trial_record(tmp_path, frozen, pruned_step_of(frozen), reason_of(frozen))
+    assert found.model_copy(update={"result_digest": pruned.result_digest}) == pruned
 
 
 class Signaller(Observer):

@@ -61,7 +61,8 @@ def trial_record(sweep_dir: Path, frozen: FrozenTrial, pruned_at: int | None, re
         number=frozen.number,
         status=status,
         values=dict(frozen.params),
-        eval_loss=frozen.value if status == "finished" else best.eval_loss if best else _finite(lowest),
+        # Of a run that was killed, the result record is of an earlier process; the study has every validation.
+        eval_loss=frozen.value if status == "finished" else _finite(lowest),
         best_step=best.step if best and status == "finished" else None,
         steps=pruned_at if status == "pruned" else steps,
         reason=reason,
