@@ -121,11 +121,9 @@ _ATTENTION: dict[Any, Any] = {
 }
 
 
-def _register_varlen() -> None:
+def register_varlen() -> None:
+    """Tells the work of torch's kernel for packed documents; importing it takes seconds, so only where it runs."""
     from torch.nn.attention import varlen  # noqa: F401 - defines the operations
 
     _ATTENTION[torch.ops.torch_attn._varlen_attn.default] = _varlen
     _ATTENTION[torch.ops.torch_attn._varlen_attn_backward.default] = lambda args: 5 * _varlen(args[1:]) // 2
-
-
-_register_varlen()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from laras.models import counting
 from laras.models.counting import count_operation
 from laras.planning.trace import Key, Segment, StepTrace
 from laras.planning.work import WorkCounter
@@ -265,10 +266,7 @@ def register_kernel_memory(op: Any, formula: Callable[..., int]) -> None:
     _HIDDEN_BYTES[op] = formula
 
 
-def _register_varlen() -> None:
-    from torch.nn.attention import varlen  # noqa: F401 - defines the operation
-
+def register_varlen() -> None:
+    """Tells what torch's kernel for packed documents does and takes; see `laras.models.counting.register_varlen`."""
+    counting.register_varlen()
     register_kernel_memory(torch.ops.torch_attn._varlen_attn_backward.default, _varlen_backward)
-
-
-_register_varlen()

@@ -27,7 +27,7 @@ from laras.errors import LarasError
 from laras.models.builtin import resolve_tokenizer
 from laras.models.emulation import autocast_like_cuda, counted_kernels, kernels_of, record_optimizer, record_states
 from laras.models.quantized_meta import quantized_storages
-from laras.models.recording import Recorder
+from laras.models.recording import Recorder, register_varlen
 from laras.planning.trace import TRACED_LAYERS, StepTrace
 from laras.progress import Observer
 from laras.records import HardwareSpec, PlanChoices
@@ -94,6 +94,8 @@ def _record(
     _record_static(recorder, model, owner)
     trained = _trained(model, owner)
     fused = path_of(model).fused
+    if choices.packing and fused is None:
+        register_varlen()
     paged = record_states(recorder, trained, choices.optim)
     step = eager_step(model)
     with ExitStack() as stack:
