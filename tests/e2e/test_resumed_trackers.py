@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 from laras.cli.main import app
 from laras.config import RunConfig
+from laras.training import trackers
 from tiny_models import base_model
 
 pytest.importorskip("wandb")
@@ -54,14 +54,17 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             turns = [{"role": "user", "content": said}, {"role": "assistant", "content": told}]
             file.write(json.dumps({"messages": turns}) + "\n")
     (folder / "laras.yaml").write_text(CONFIG, encoding="utf-8")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("TRACKIO_PROJECT", "resumed")
         patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        killed = subprocess.Popen([sys.executable, "-m", "laras", "train", "laras.yaml"], stderr=subprocess.PIPE)
+        # A client of its own, not one shared with this process, which would outlive the kill and keep the run's id.
+        own = {name: value for name, value in os.environ.items() if "WANDB" not in name or name == "WANDB_MODE"}
+        killed = subprocess.Popen(
+            [sys.executable, "-m", "laras", "train", "laras.yaml"], stderr=subprocess.PIPE, env=own
+        )
         metrics = folder / "runs" / "run" / "logs" / "metrics.jsonl"
         deadline = time.monotonic() + 120
         while last_step(metrics) < 24:
@@ -71,10 +74,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         killed.wait()
         killed.stderr.close()  # type: ignore[union-attr]
         assert last_step(metrics) < 120, "it was killed too late"
+        # In this process, so that a busy machine gets more time than a person would want to wait for a tracker.
+        patch.setattr(trackers, "START_LIMIT_S", 120.0)
+        patch.setattr(trackers, "END_LIMIT_S", 120.0)
         done = CliRunner().invoke(app, ["resume", "runs/run"], catch_exceptions=False)
         assert done.exit_code == 0, done.output
+        assert ": off (" not in done.output, done.output
         yield folder / "runs" / "run"
-    torch.set_num_threads(threads)
 
 
 def last_step(metrics: Path) -> int:
@@ -143,7 +149,7 @@ def test_wandb_has_one_id_with_config_and_plan_and_the_same_values_where_session
     files = sorted((run / "logs" / "wandb").glob("offline-run-*/run-*.wandb"))
     (run_id,) = {path.stem.removeprefix("run-") for path in files}
     assert json.loads((run / "logs" / "trackers.json").read_text())["wandb"] == run_id
-    assert len(files) == 2
+    assert len(files) in (1, 2)  # a client that is killed at once has not begun its file
     merged: Curves = {}
     configs = []
     for path in files:
@@ -155,9 +161,9 @@ def test_wandb_has_one_id_with_config_and_plan_and_the_same_values_where_session
                     assert merged[name][step] == pytest.approx([value], rel=1e-6), (name, step)
                 merged.setdefault(name, {})[step] = [value]
     assert_same(merged, run)
-    assert configs[0] in ({}, configs[1])  # a client that is killed early has written nothing
-    assert {"learning_rate": 0.001, "split.test": "auto", "plan.lora_r": 8}.items() <= configs[1].items()
-    (table,) = files[1].parent.glob("files/media/table/plan_*.json")
+    assert configs[0] in ({}, configs[-1])  # or has written nothing to it
+    assert {"learning_rate": 0.001, "split.test": "auto", "plan.lora_r": 8}.items() <= configs[-1].items()
+    (table,) = files[-1].parent.glob("files/media/table/plan_*.json")
     content = json.loads(table.read_text(encoding="utf-8"))
     assert content["columns"] == ["choice", "value", "reason"]
     assert ["lora_r", "8"] in [row[:2] for row in content["data"]]

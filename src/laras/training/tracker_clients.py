@@ -133,7 +133,7 @@ class Wandb:
         return f"wandb: offline ({reason}); `wandb sync` sends it later" if reason is not None else None
 
     def _init(self, wandb: Any, mode: str) -> Any:
-        folder = self._run_dir / "logs"
+        folder = self._run_dir.resolve() / "logs"  # the client's own process may stand in another folder
         folder.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(
             init_timeout=_WANDB_INIT_S, login_timeout=1, silent=True, console="off", x_disable_stats=True,
