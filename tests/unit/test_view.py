@@ -83,7 +83,7 @@ def test_plain_progress_is_a_line_every_few_seconds_and_the_last_step(
     lines = capsys.readouterr().err.splitlines()
     assert lines[:3] == ["reading", "  reading: 5 of 12 rows", "  reading: 10 of 12 rows"]
     assert len(lines) == 4
-    assert "10/10" in lines[3] and "loss -" in lines[3] and "memory 3.0 GiB of 4.0 GiB" in lines[3]
+    assert "10/10" in lines[3] and "loss -" in lines[3] and "memory 3.0 GiB, planned 4.0 GiB" in lines[3]
 
 
 def test_live_view_keeps_lines_above_one_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,7 +123,9 @@ def test_a_narrow_terminal_cuts_the_least_important_numbers_only(columns: int, m
         view._progress.refresh()
     line = next(text for text in reversed(shown.getvalue().splitlines()) if "loss" in text)
     assert "training" in line and "3/10  loss 1.2500" in line
-    assert ("1 min 15 s left" in line) == (columns >= 80) and ("memory 3.0 GiB of 4.0 GiB" in line) == (columns >= 120)
+    assert ("1 min 15 s left" in line) == (columns >= 80) and ("memory 3.0 GiB, planned 4.0 GiB" in line) == (
+        columns >= 120
+    )
 
 
 def test_plain_lines_break_a_long_silence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 
 _BAR_CHARS = 40
 _SHOWN_PROBLEMS = 20
+_LOSS_ON = {
+    "generation-markers": "assistant turns, as the chat template marks them",
+    "derived": "assistant turns, found in the chat template's text and verified",
+    "boundary": "completions",
+    "all-tokens": "every token",
+}
 _SHOWN_STATISTICS = ("rows", "min", "median", "mean", "p90", "p95", "p99", "max", "total")
 
 
@@ -86,7 +92,8 @@ def _facts(profile: DatasetProfile) -> Table:
     near = f"{profile.near_duplicate_groups:,} groups of near duplicates"
     facts = Table.grid(padding=(0, 2))
     facts.add_row("source", profile.source)
-    facts.add_row("format", f"{profile.format}, loss by {profile.mask_source}")
+    facts.add_row("format", profile.format)
+    facts.add_row("loss on", _LOSS_ON[profile.mask_source])
     facts.add_row("rows", f"{profile.rows:,} read, {profile.kept_rows:,} kept")
     facts.add_row("tokens", f"{tokens.total:,}, of which {tokens.target_total:,} carry loss")
     facts.add_row("cap", f"{profile.max_length_tokens:,} tokens; {longer}")

@@ -243,5 +243,5 @@ def _numbers(report: StepReport) -> str:
     loss = f"loss {report.loss:.4f}" if report.loss is not None else "loss -"
     return (
         f"{loss}  {duration(report.eta_s)} left  {report.tokens_per_s:,.0f} tokens/s  "
-        f"memory {size(report.memory_bytes)} of {size(report.memory_planned_bytes)}"
+        f"memory {size(report.memory_bytes)}, planned {size(report.memory_planned_bytes)}"
     )
