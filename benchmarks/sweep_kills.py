@@ -19,6 +19,7 @@ import random
 import signal
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ import alembic.command
 import optuna.storages
 import torch
 from faults import forked
+from tqdm import tqdm
 
 import laras
 import laras.data.prepare
@@ -42,10 +44,11 @@ from laras.sweeping.study import Study
 from tiny_models import base_model
 
 torch.set_num_threads(1)
+tqdm.set_lock(threading.RLock())  # its own is shared with forked processes: one that is killed would hold it for ever
 RESULTS = Path(__file__).parent / "results" / "sweep_kills.json"
 TRIALS = 6
 SEARCH = {"learning_rate": "1e-5..3e-2:log", "lora_r": [2, 4]}
-LONGEST_LIFE_S = 5.0
+LONGEST_LIFE_S = 2.0  # of the first process; later ones get longer, so that a slow machine comes to an end
 MAX_LIVES = 200
 WORDS = ("sea", "sun", "tree", "salt", "rain", "road", "bird", "snow", "lamp", "door", "fish", "wind")
 FACTS = ("trials", "stored", "weights", "best", "final", "status")
@@ -93,7 +96,7 @@ def killed_until_done(name: str, rng: random.Random) -> int:
     """Kills and starts again until the sweep ends by itself; returns the kills."""
     for kills in range(MAX_LIVES):
         child = forked(lambda: sweep(name))
-        end_s = time.monotonic() + rng.uniform(0.05, LONGEST_LIFE_S)
+        end_s = time.monotonic() + rng.uniform(0.05, LONGEST_LIFE_S * (1 + kills / 10))
         while time.monotonic() < end_s:
             done, status = os.waitpid(child, os.WNOHANG)
             if done:
