@@ -9,7 +9,7 @@ from laras.errors import ConfigError
 from laras.planning.architecture import model_spec_from_config
 from laras.planning.catalogue import find_gpu
 from laras.planning.hardware import cpu_hardware
-from laras.planning.planner import _time, plan_training
+from laras.planning.planner import _eval_steps, _time, plan_training
 from laras.planning.trace import Segment, StepTrace
 from laras.planning.work import Work
 from laras.planning.workload import Workload
@@ -169,3 +169,9 @@ def test_of_candidates_about_as_fast_the_simulated_steps_decide(monkeypatch, tmp
     assert result.choices.per_device_train_batch_size == seen[1]
     assert result.memory.method == "simulation"
     assert all(other.tokens_per_s <= result.time.tokens_per_s for other in result.alternatives if other.fits)
+
+
+@pytest.mark.parametrize(("steps", "validation_tokens", "expected"), [(60, 14_000, 30), (1005, 0, 101), (7, 0, 1)])
+def test_validations_come_at_equal_distances_and_cost_little(steps, validation_tokens, expected):
+    work = Workload(100, 50.0, 50.0, 100, 1250.0, validation_tokens, target_share=1.0, stats=None)
+    assert _eval_steps(RunConfig(), work, steps) == expected

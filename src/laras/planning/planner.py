@@ -140,7 +140,8 @@ def _eval_steps(config: RunConfig, work: Workload, steps: int) -> int:
         return config.eval_steps
     usual = max(1, min(100, steps // 10))
     affordable = ceil(_FORWARD_SHARE * work.validation_tokens / (_EVALUATION_SHARE * work.step_tokens))
-    return max(1, min(max(usual, affordable), steps // 2))
+    wanted = max(1, min(max(usual, affordable), steps // 2))
+    return ceil(steps / max(1, round(steps / wanted)))  # at equal distances, so that the last is not soon after another
 
 
 def _reasons(
