@@ -7,14 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from laras.cli.options import ConfigArguments, JsonOption, print_json, read_config
 from laras.cli.view import open_view
-from laras.data.split import SPLITS
 from laras.errors import BadRowsError
-from laras.records import DatasetProfile, LengthStats
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from laras.pipeline import Inspection
+    from laras.records import DatasetProfile, LengthStats
 
 _BAR_CHARS = 40
 _SHOWN_PROBLEMS = 20
@@ -47,6 +46,8 @@ def inspect_command(arguments: ConfigArguments = None, as_json: JsonOption = Fal
 
 def inspection_json(inspection: Inspection) -> dict[str, Any]:
     """What `laras inspect --json` prints (docs: "What programs can rely on")."""
+    from laras.data.split import SPLITS
+
     profile, manifest = inspection.profile, inspection.manifest
     splits = {}
     for name in SPLITS:
@@ -63,6 +64,8 @@ def inspection_json(inspection: Inspection) -> dict[str, Any]:
 
 def _show(inspection: Inspection) -> None:
     from rich.console import Console
+
+    from laras.data.split import SPLITS
 
     profile, manifest = inspection.profile, inspection.manifest
     console = Console(highlight=False)

@@ -6,15 +6,14 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from laras.config import RunConfig
-from laras.config_file import load_config
 from laras.errors import ConfigError
-from laras.rundir import RunDir, inherited_config
-from laras.sweep_record import final_run
+
+if TYPE_CHECKING:
+    from laras.config import RunConfig
 
 # Options that the verb does not know are overrides of the configuration.
 OVERRIDES = {"ignore_unknown_options": True, "allow_interspersed_args": True}
@@ -28,13 +27,22 @@ ConfigArguments = Annotated[
         show_default=False,
     ),
 ]
+
+
+def _final_run(run: Path) -> Path:
+    """Records are loaded when a run is named, not when help is asked for."""
+    from laras.sweep_record import final_run
+
+    return final_run(run)
+
+
 RunArgument = Annotated[
     Path,
     typer.Argument(
         metavar="RUN",
         help="The directory of a run, or of a sweep, which stands for its final model.",
         show_default=False,
-        callback=final_run,
+        callback=_final_run,
     ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
@@ -50,12 +58,14 @@ def read_config(arguments: Sequence[str] | None, from_run: Path | None = None) -
     Raises:
         ConfigError: With every problem at once.
     """
+    from laras.config_file import load_config
+    from laras.rundir import RunDir, inherited_config
+
     path, overrides = split_arguments(arguments or ())
     if path is None and from_run is not None:
-        lender = final_run(from_run)
-        beside = (
-            [] if lender == from_run else [f"output_dir={from_run.parent}"]
-        )  # a sweep's own folder is for its trials
+        lender = _final_run(from_run)
+        # A sweep's own folder is for its trials.
+        beside = [] if lender == from_run else [f"output_dir={from_run.parent}"]
         return inherited_config(RunDir(lender), [*beside, *overrides]), None
     config = load_config(path, overrides)
     return config, path.read_text(encoding="utf-8") if path else None

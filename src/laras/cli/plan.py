@@ -8,13 +8,13 @@ import typer
 
 from laras.cli.options import ConfigArguments, JsonOption, print_json, split_arguments
 from laras.cli.view import duration, open_view
-from laras.config_file import load_config
 from laras.errors import ExitCode
-from laras.records import TrainPlan
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+    from laras.records import TrainPlan
 
 _BAR_CHARS = 40
 _GIB = 2**30
@@ -33,6 +33,7 @@ def plan_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show what would run and why, predicted memory and time; exit code 4 when it does not fit."""
+    from laras.config_file import load_config
     from laras.pipeline import plan
     from laras.planning.presentation import plan_json
 

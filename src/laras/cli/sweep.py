@@ -11,7 +11,6 @@ import typer
 from laras.cli.options import ConfigArguments, JsonOption, print_json, read_config, split_arguments
 from laras.cli.view import open_view
 from laras.errors import ConfigError
-from laras.sweep_record import BEST_CONFIG_NAME, is_sweep, trial_dir
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -89,6 +88,8 @@ def parse_time(text: str) -> float:
 
 def _sweep_folder(arguments: list[str], search: list[str] | None) -> Path | None:
     """The folder of a sweep that is to go on, where one is named in place of a configuration."""
+    from laras.sweep_record import is_sweep
+
     if not any(is_sweep(Path(word)) for word in arguments):
         return None
     path, overrides = split_arguments(arguments)
@@ -108,6 +109,8 @@ def _show(outcome: SweepOutcome, evaluation: EvalResult | None, as_json: bool) -
         print_json(outcome_json(outcome) | ({"test": evaluation_json(evaluation)} if evaluation else {}))
         return
     from rich.console import Console
+
+    from laras.sweep_record import BEST_CONFIG_NAME, trial_dir
 
     record, folder = outcome.record, outcome.sweep_dir
     console = Console(highlight=False)

@@ -9,7 +9,6 @@ import typer
 
 from laras.cli.options import ConfigArguments, JsonOption, RunArgument, print_json, read_config
 from laras.cli.view import duration, open_view, size
-from laras.sweep_record import final_run
 
 if TYPE_CHECKING:
     from laras.pipeline import TrainOutcome
@@ -42,6 +41,7 @@ def train_command(
 ) -> None:
     """Split, analyse, plan, train, validate and keep the best."""
     from laras import pipeline
+    from laras.sweep_record import final_run
 
     config, given = read_config(arguments, from_run)
     lender = final_run(from_run) if from_run is not None else None

@@ -9,14 +9,16 @@ import sys
 import threading
 import time
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
 from laras.progress import Observer, StepReport, ValidationReport
-from laras.records import TrainPlan
+
+if TYPE_CHECKING:
+    from laras.records import TrainPlan
 
 _PLAIN_INTERVAL_S = 5.0
 _SILENCE_S = 30.0
