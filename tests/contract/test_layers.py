@@ -22,6 +22,12 @@ def test_the_light_layers_import_no_heavy_library() -> None:
     assert output.strip() == "[]"
 
 
+def test_help_loads_neither_configuration_nor_records() -> None:
+    code = "import sys, laras.cli.main; print([m for m in ('pydantic', 'yaml', 'laras.records') if m in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output.strip() == "[]"
+
+
 def test_training_code_has_no_way_to_name_the_test_set() -> None:
     for folder in ("training", "models", "planning"):
         for path in python_files(folder):
