@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from laras import __version__
 from laras.data.store import tokens_digest
 from laras.errors import RunStateError, SealedTestError
+from laras.record_base import replacing
 from laras.records import Opening, RunResult, SplitManifest
 from laras.sweep_record import SweepRecord, sweep_of, trial_dir
 
@@ -54,17 +55,10 @@ def seal_test(table: pa.Table, folder: Path) -> str:
     digest = tokens_digest(table)
     plain = pa.BufferOutputStream()
     pq.write_table(table, plain, compression="zstd")
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as file:
-            file.write(_MAGIC + hashlib.sha256(plain.getvalue()).digest())
-            for block in _masked(plain.getvalue(), digest):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as file:
+        file.write(_MAGIC + hashlib.sha256(plain.getvalue()).digest())
+        for block in _masked(plain.getvalue(), digest):
+            file.write(block)
     return digest
 
 

@@ -7,7 +7,6 @@ int32 in tokens, `row` int64 (0-based index in the source).
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from laras.data.masks import IGNORE_INDEX
 from laras.errors import RunStateError
+from laras.record_base import replacing
 
 if TYPE_CHECKING:
     import numpy as np
@@ -60,15 +60,8 @@ def write_tokens(table: pa.Table, path: Path) -> None:
     import pyarrow.parquet as pq
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as file:
-            pq.write_table(table, file, compression="zstd")
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    with replacing(path) as file:
+        pq.write_table(table, file, compression="zstd")
 
 
 def read_tokens(path: Path) -> pa.Table:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from laras.data.masks import IGNORE_INDEX
+
 # gelu's tanh form is x sigmoid(u), u = 2 sqrt(2 / pi) (x + 0.044715 x^3). Source: Hendrycks, Gimpel, arXiv:1606.08415.
 _GELU, _CUBIC = 2 * math.sqrt(2 / math.pi), 0.044715
 

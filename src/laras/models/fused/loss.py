@@ -13,8 +13,6 @@ from torch import Tensor
 
 from laras.models.fused.kernels import cross_entropy_
 
-IGNORE_INDEX = -100
-
 
 class _ChunkedNll(torch.autograd.Function):
     @staticmethod

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from laras.data.masks import IGNORE_INDEX
 from laras.models.fused import variant
 from laras.models.fused.attention import Documents
 from laras.models.fused.kernels import rms_norm_, rms_norm_backward_
 from laras.models.fused.layer import FusedLayer
 from laras.models.fused.lora import ADAPTER, LoraGroup
-from laras.models.fused.loss import IGNORE_INDEX, chunked_nll
+from laras.models.fused.loss import chunked_nll
 from laras.models.fused.offload import HostInputs
 from laras.models.fused.selfcheck import KernelSizes
 from laras.planning.layer_forms import ACTIVATIONS, FUSED_TYPES, LAYER_FORMS, LayerForm, fused_support
