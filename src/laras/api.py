@@ -21,8 +21,7 @@ from laras.config_file import load_config
 from laras.pipeline import Inspection, TrainOutcome
 from laras.progress import Observer
 from laras.records import EvalResult, TrainPlan
-from laras.rundir import RunDir, inherited_config
-from laras.sweep_record import final_run
+from laras.sweep_record import final_run, lent_config
 
 if TYPE_CHECKING:
     from laras.reporting.export import Export, Format
@@ -70,8 +69,8 @@ def train(
     """
     given = Path(config).read_text(encoding="utf-8") if isinstance(config, str | Path) else None
     lender = final_run(Path(from_run)) if from_run is not None else None
-    if config is None and lender is not None:
-        resolved = inherited_config(RunDir(lender), overrides)
+    if config is None and from_run is not None:
+        resolved = lent_config(Path(from_run), overrides)
     else:
         resolved = configure(config, **overrides)
     return pipeline.train(resolved, observer, given=given, from_run=lender, checkpoint=checkpoint)

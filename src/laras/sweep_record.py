@@ -11,11 +11,14 @@ runs/sweep-qwen2.5-coder-1.5b-a1b2c3/
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
+from laras.config import RunConfig
 from laras.errors import RunStateError
 from laras.record_base import Record, Value
+from laras.rundir import RunDir, inherited_config
 
 TRIALS_FOLDER = "trials"
 BASE_CONFIG_NAME, BEST_CONFIG_NAME, STUDY_NAME = "base.yaml", "laras.yaml", "study.sqlite3"
@@ -92,6 +95,23 @@ def final_run(path: Path) -> Path:
             f"{path} is a sweep without a final model yet", hint=f"`laras sweep {path}` goes on with it"
         )
     return trial_dir(path, final)
+
+
+def lent_config(path: Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> RunConfig:
+    """The configuration of a run, or of a sweep's final model, with overrides, for a new run that starts from it.
+
+    Raises:
+        RunStateError: When this is no run, or a sweep that has not ended.
+        ConfigError: With every problem of the overrides.
+    """
+    lender = final_run(path)
+    if lender != path:  # a sweep's own folder is for its trials
+        beside = str(path.parent)
+        if isinstance(overrides, Mapping):
+            overrides = {"output_dir": beside, **overrides}
+        else:
+            overrides = [f"output_dir={beside}", *overrides]
+    return inherited_config(RunDir(lender), overrides)
 
 
 def final_runs(output_dir: Path) -> list[Path]:

@@ -59,14 +59,11 @@ def read_config(arguments: Sequence[str] | None, from_run: Path | None = None) -
         ConfigError: With every problem at once.
     """
     from laras.config_file import load_config
-    from laras.rundir import RunDir, inherited_config
+    from laras.sweep_record import lent_config
 
     path, overrides = split_arguments(arguments or ())
     if path is None and from_run is not None:
-        lender = _final_run(from_run)
-        # A sweep's own folder is for its trials.
-        beside = [] if lender == from_run else [f"output_dir={from_run.parent}"]
-        return inherited_config(RunDir(lender), [*beside, *overrides]), None
+        return lent_config(from_run, overrides), None
     config = load_config(path, overrides)
     return config, path.read_text(encoding="utf-8") if path else None
 
