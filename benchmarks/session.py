@@ -1,6 +1,6 @@
 """Everything that a GPU has to say, in one call and by priority: tests, cases, peers, variants.
 
-    python benchmarks/throughput.py --session --out DIR --peers PEERS --budget-s 540
+    python benchmarks/throughput.py --session --out DIR --peers PEERS --budget-s 540 [--groups 16k]
 
 Each result is a line of DIR/throughput.jsonl as soon as it is there, and what has a line is not run again, so that a
 second call goes on where the first ran out of time. PEERS holds the peers' runner (`go.sh`, `bench_peers.py`); without
@@ -22,34 +22,41 @@ import throughput
 
 REPOSITORY = Path(__file__).parent.parent
 TESTS_S, CASE_S, PEER_S = 220, 75, 110  # most seconds of one; a case takes 20
-PROFILED = "lora_16k,qlora_full_16k"
-# (what, case): `laras` runs here, the others are peers at that many tokens a step or of that shape.
-ORDER = [
-    ("tests", "tests/gpu"),
-    ("laras", "qlora_full_16k"), ("laras", "lora_16k"), ("laras", "lora_full_16k"),
-    ("16k", "unsloth_qlora_pack_gc"), ("16k", "unsloth_pack"), ("16k", "unsloth_pack_gc"),
-    ("laras", "qlora_full_16k@offload=1"), ("laras", "qlora_full_16k@unpack_kernel=0"),
-    ("laras", "lora_8k"), ("laras", "qlora_full_8k"), ("laras", "qlora_full_8k@graph=1"),
-    ("8k", "unsloth_pack"), ("8k", "unsloth_qlora_pack_gc"),
-    ("laras", "lora_full_8k"), ("8k", "unsloth_pack_gc"), ("8k", "trl_pad8_gc"), ("laras", "unoptimised"),
-    ("7b", "unsloth_qlora_pack_gc"), ("laras", "7b_qlora_full_8k"), ("laras", "7b_qlora_full_8k@offload=1"),
-    # What each change since v4 does to the case that it was made for.
-    ("laras", "qlora_full_16k@qkv_again=0"), ("laras", "qlora_full_16k@middle_in_chunks=0"),
-    ("laras", "qlora_full_16k@grouped_sums=0"), ("laras", "qlora_full_16k@product_in_up=0"),
-    ("laras", "qlora_full_16k@own_halves=0"), ("laras", "qlora_full_16k@middle_in_place=0"),
-    ("laras", "lora_16k@whole_heads=0"), ("laras", "lora_16k@grouped_sums=0"), ("laras", "lora_full_16k@own_halves=0"),
-    ("laras", "lora_full_16k@offload=1"), ("laras", "qlora_full_16k@offload=1,chunk=8192"),
-    ("laras", "qlora_full_16k@chunk=2048"), ("laras", "qlora_full_16k@graph=1"),
-    ("laras", "lora_selective_16k"), ("laras", "transformers_layers_16k"),
-]  # fmt: skip
+# (what, case) by group: `laras` runs here, the others are peers at that many tokens a step or of that shape. A group
+# holds all that is compared with one another, so that machines with several GPUs can run one group on each.
+GROUPS = {
+    "tests": [("tests", "tests/gpu")],
+    "16k": [
+        ("laras", "qlora_full_16k"), ("laras", "lora_16k"), ("laras", "lora_full_16k"),
+        ("16k", "unsloth_qlora_pack_gc"), ("16k", "unsloth_pack"), ("16k", "unsloth_pack_gc"),
+        ("laras", "qlora_full_16k@graph=1"), ("laras", "qlora_full_16k@offload=1"),
+        ("8k", "trl_pad8_gc"), ("laras", "unoptimised"),
+    ],
+    "8k": [
+        ("laras", "qlora_full_8k"), ("laras", "lora_8k"), ("laras", "lora_full_8k"),
+        ("8k", "unsloth_qlora_pack_gc"), ("8k", "unsloth_pack"), ("8k", "unsloth_pack_gc"),
+        ("7b", "unsloth_qlora_pack_gc"), ("laras", "7b_qlora_full_8k"),
+        ("laras", "qlora_full_8k@graph=1"), ("laras", "7b_qlora_full_8k@offload=1"),
+    ],
+    # What each change since v4 does to the case that it was made for, and what is not on by default.
+    "variants": [
+        ("laras", "qlora_full_16k@unpack_kernel=0"),
+        ("laras", "qlora_full_16k@qkv_again=0"), ("laras", "qlora_full_16k@middle_in_chunks=0"),
+        ("laras", "qlora_full_16k@grouped_sums=0"), ("laras", "qlora_full_16k@product_in_up=0"),
+        ("laras", "qlora_full_16k@own_halves=0"), ("laras", "qlora_full_16k@middle_in_place=0"),
+        ("laras", "lora_16k@whole_heads=0"), ("laras", "lora_16k@grouped_sums=0"),
+        ("laras", "lora_full_16k@own_halves=0"), ("laras", "lora_full_16k@offload=1"),
+        ("laras", "qlora_full_16k@offload=1,chunk=8192"), ("laras", "qlora_full_16k@chunk=2048"),
+        ("laras", "lora_selective_16k"), ("laras", "transformers_layers_16k"),
+    ],
+}  # fmt: skip
 
 
 def run_session(arguments):
     """Runs what has no line yet, until the budget is spent."""
     started = time.time()
-    arguments.profile = arguments.profile or PROFILED
     done = _done(arguments.out / "throughput.jsonl")
-    for what, case in ORDER:
+    for what, case in (one for group in arguments.groups.split(",") for one in GROUPS[group]):
         name = case if what in ("laras", "tests") else f"{case}@{what}"
         left_s = arguments.budget_s - (time.time() - started)
         if name in done or (what not in ("laras", "tests") and arguments.peers is None):

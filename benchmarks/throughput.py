@@ -56,14 +56,15 @@ CASES = {
     "unoptimised": {"rows": 4, "fused": False, "padded": True, "accumulation": 8, "warm": 1, "timed": 3},
 }  # fmt: skip
 
-# The peer's case, the least ratio of tokens/s, and the most memory as a share of the peer's.
-AGAINST = {
-    "lora_16k": ("unsloth_pack@16k", 1.3, 1.0), "lora_full_16k": ("unsloth_pack_gc@16k", 1.3, 1.1),
-    "qlora_full_16k": ("unsloth_qlora_pack_gc@16k", 1.25, 1.1),
-    "lora_8k": ("unsloth_pack@8k", 1.6, 1.0), "lora_full_8k": ("unsloth_pack_gc@8k", 1.6, 1.1),
-    "qlora_full_8k": ("unsloth_qlora_pack_gc@8k", 1.6, 1.1),
-    "7b_qlora_full_8k": ("unsloth_qlora_pack_gc@7b", 1.25, 1.1),
-}  # fmt: skip
+# A case, what it is compared with in the same run, the least ratio of tokens/s, the most memory as a share of the other's.
+AGAINST = (
+    ("lora_16k", "unsloth_pack@16k", 1.3, 1.0), ("lora_full_16k", "unsloth_pack_gc@16k", 1.3, 1.1),
+    ("qlora_full_16k", "unsloth_qlora_pack_gc@16k", 1.25, 1.1),
+    ("lora_8k", "unsloth_pack@8k", 1.6, 1.0), ("lora_full_8k", "unsloth_pack_gc@8k", 1.6, 1.1),
+    ("qlora_full_8k", "unsloth_qlora_pack_gc@8k", 1.6, 1.1),
+    ("7b_qlora_full_8k", "unsloth_qlora_pack_gc@7b", 1.25, 1.1),
+    ("lora_full_8k", "trl_pad8_gc@8k", 10.0, 0.4), ("lora_full_8k", "unoptimised", 3.0, 0.3),
+)  # fmt: skip
 
 
 def resolve(name):
@@ -299,36 +300,42 @@ def predict(name):
 
 
 def report(folder):
-    """The table of a run, each case beside the peer that was measured in the same run."""
+    """The table of DIR/throughput.jsonl: each case beside what was measured in the same run (`run` of a line) on one GPU."""
     found = [json.loads(line) for line in (folder / "throughput.jsonl").read_text().splitlines()]
-    rows = {row["name"]: row for row in found if "error" not in row}
-    lines = ["| case | useful tokens/s | MFU | peak GiB | peer, same run | its tokens/s | its GiB | tokens/s ratio |"
+    rows = {(row.get("run"), row["name"]): row for row in found if "error" not in row and row["name"] != "tests/gpu"}
+    lines = ["| case | useful tokens/s | MFU | peak GiB | against, same run | its tokens/s | its GiB | tokens/s ratio |"
              " memory ratio | must | met |", "|" + "---|" * 11]  # fmt: skip
-    known = [*CASES, *(name for name in rows if "@" in name and name.partition("@")[0] in CASES)]
-    for name in known:
-        if "useful_tokens_per_s" not in rows.get(name, {}):
+    alone = []
+    for (run, name), row in rows.items():
+        if name.partition("@")[0] not in CASES:
             continue
-        row = rows[name]
-        memory = f"{row['peak_allocated_gib']:.3f}" if "peak_allocated_gib" in row else ""
-        own = f"| {name} | {row['useful_tokens_per_s']:,.0f} | {row['mfu']:.1%} | {memory} "
-        other, least, most = AGAINST.get(name.partition("@")[0], ("", 0, 0))
-        peer = rows.get(other, rows.get(other.removesuffix("@16k"), {}))
-        if not peer.get("ok") or not memory:
-            lines.append(own + "| not measured | | | | | | |")
-            continue
-        ratio = row["useful_tokens_per_s"] / peer["useful_tok_s"]
-        share = row["peak_allocated_gib"] / peer["peak_alloc_gb"]
-        lines.append(
-            own + f"| {other} | {peer['useful_tok_s']:,.0f} | {peer['peak_alloc_gb']:.3f} | {ratio:.2f} | {share:.2f} "
-            f"| {least} at {most} | {'yes' if ratio >= least and share <= most else '**no**'} |"
-        )
+        own = f"| {name} | {_rate(row):,.0f} | {row['mfu']:.1%} | {_peak_gib(row):.3f} "
+        pairs = [(other, least, most) for case, other, least, most in AGAINST if case == name.partition("@")[0]]
+        pairs = [(rows[run, other], *limits) for other, *limits in pairs if (run, other) in rows]
+        for other, least, most in pairs:
+            ratio, share = _rate(row) / _rate(other), _peak_gib(row) / _peak_gib(other)
+            lines.append(
+                own + f"| {other['name']} | {_rate(other):,.0f} | {_peak_gib(other):.3f} | {ratio:.2f} | {share:.2f} "
+                f"| {least} at {most} | {'yes' if ratio >= least and share <= most else '**no**'} |"
+            )
+        if not pairs:
+            alone.append(own + "| | | | | | | |")
     cards = {row["gpu"] for row in found if "gpu" in row}
     versions = [row["versions"] for row in found if "versions" in row]
-    lines += [
+    lines += alone + [
         "",
         f"On {', '.join(sorted(cards))}. Versions: {json.dumps(versions[0]) if versions else 'of Laras only'}.",
     ]
     (folder / "throughput.md").write_text("\n".join(["# Throughput", "", *lines]) + "\n")
+
+
+def _rate(row):
+    """Useful tokens/s; the peers' runner has other names."""
+    return row.get("useful_tokens_per_s") or row["useful_tok_s"]
+
+
+def _peak_gib(row):
+    return row.get("peak_allocated_gib") or row.get("peak_alloc_gb") or math.nan
 
 
 def run_case(name, arguments, left_s):
@@ -363,6 +370,7 @@ def main():
     parser.add_argument("--case")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--session", action="store_true")
+    parser.add_argument("--groups", default="tests,16k,8k,variants", help="of a session")
     parser.add_argument("--peers", type=Path, help="folder of the runner of the peers")
     parser.add_argument("--predict", action="store_true")
     parser.add_argument("--report", action="store_true")
