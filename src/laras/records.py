@@ -20,6 +20,7 @@ SplitName = Literal["train", "validation", "test"]
 Precision = Literal["bf16", "fp16", "fp32"]
 LossKind = Literal["full", "chunked"]
 Optim = Literal["adamw_torch", "adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"]
+CheckpointKind = Literal["none", "selective", "full", "offload"]
 RunStatus = Literal["running", "finished", "interrupted", "failed"]
 
 
@@ -155,6 +156,8 @@ class HardwareSpec(Value):
     bandwidth_bytes_per_s: float
     peak_flops: dict[Precision, float]
     source: str  # "local", or the origin of the catalogue's figures
+    host_link_bytes_per_s: float = 12e9  # of copies between main memory and the device, one way
+    host_available_bytes: int | None = None  # main memory that a process can have; None: of a machine not known
 
 
 class MemoryEstimate(Value):
@@ -168,6 +171,7 @@ class MemoryEstimate(Value):
     peak_moment: str
     method: Literal["closed-form", "simulation"]
     process_bytes: int = 0  # what a process holds on the device: reserved, CUDA context, paged states; 0: unknown
+    host_bytes: int = 0  # of main memory, not swappable, that holds what the device does without meanwhile
 
 
 class TimeEstimate(Value):
@@ -208,8 +212,9 @@ class PlanChoices(Value):
     save_steps: int
     logging_steps: int
     # How much of a fused layer is computed again in backward; read only with gradient_checkpointing, where `none`
-    # stands for `full` (see `laras.models.fused.layer` for the bytes that each keeps).
-    checkpoint_kind: Literal["none", "selective", "full"] = "none"
+    # stands for `full` (see `laras.models.fused.layer` for the bytes that each keeps). `offload` is `full` with what is
+    # kept in main memory.
+    checkpoint_kind: CheckpointKind = "none"
     cuda_graph: bool = False  # replay the step: for steps that the CPU limits; reserves about twice the memory
     fused_layers: bool = True  # where the architecture allows it; else transformers' own layers
     mlp_chunk_tokens: int = 4096  # tokens whose gate and up exist at once in a checkpointed fused layer
@@ -227,6 +232,7 @@ class Alternative(Value):
     train_peak_allocated_bytes: int
     tokens_per_s: float
     fits: bool
+    checkpoint_kind: CheckpointKind = "none"  # as in PlanChoices
 
 
 class TrainPlan(Record):

@@ -75,6 +75,7 @@ def recorded_step_s(
             _peak(hardware, 2) * rates.attention
         )
         busy_s += part.moved_bytes / (hardware.bandwidth_bytes_per_s * rates.bandwidth)
+        busy_s = max(busy_s, part.copied_bytes / hardware.host_link_bytes_per_s)
         times = 1 / accumulation if once else 1.0
         device_s += times * (share * busy_s + kernels * rates.kernel_s)
         host_s += times * (part.calls * rates.call_s + kernels * rates.launch_s)
@@ -122,6 +123,7 @@ _CHUNK_CALLS, _CHUNK_KERNELS = 101, 33  # of a checkpointed fused layer, for eve
 _STEP_CALLS, _STEP_KERNELS = 92, 21  # of a layer once a step: copies of the adapters, update
 _UPDATE_8BIT_CALLS = 280
 _UNPACK_CALLS, _UNPACK_KERNELS, _UNPACK_BYTES = 60, 24, 6.0  # of a layer, each time its 4-bit weights are unpacked
+COPY_CALLS = 8  # of a copy to main memory or back, with what keeps the streams in order
 _LOGIT_BYTES = {"full": 64, "chunked": 6.3}  # moved for every logit
 _CPU_TRAFFIC, _CPU_BANDWIDTH = 20.0, 0.5
 
@@ -163,12 +165,18 @@ def estimate_step_s(
         return (arithmetic + tokens * attention) / peak + moved / (_CPU_BANDWIDTH * hardware.bandwidth_bytes_per_s)
     path = _FUSED if case.fused else _plain_path(spec, case)
     moved = tokens * spec.layers * wide * element * path.traffic * (1 + path.again * recomputed) + logits
+    offloads = case.checkpointing and case.fused and case.checkpoint_kind == "offload"
+    copied = tokens * (spec.layers - 1) * spec.hidden_size * element if offloads else 0
+    moved += 2 * copied
     calls, kernels = _issued(case, path, recomputed, accumulation)
     if case.weights in ("nf4", "int8"):
         moved += spec.linear_parameters * _UNPACK_BYTES * (2 + recomputed)
     rates = RATES
     device_s = arithmetic / (peak * rates.matrix) + tokens * attention / (peak * rates.attention)
     device_s += moved / (hardware.bandwidth_bytes_per_s * rates.bandwidth) + spec.layers * kernels * rates.kernel_s
+    # Inputs leave beside the forward pass and come back beside the rest, which takes twice as long with it done again.
+    copies_s = copied / hardware.host_link_bytes_per_s
+    device_s += max(0.0, copies_s - device_s / 3) + max(0.0, copies_s - device_s * 2 / 3)
     return max(device_s, spec.layers * (calls * rates.call_s + kernels * rates.launch_s))
 
 
@@ -197,6 +205,9 @@ def _issued(case: MemoryCase, path: _Path, recomputed: float, accumulation: int)
         chunks = -(-case.micro_batch * case.length_tokens // case.mlp_chunk_tokens)
         calls += (chunks - 1) * _CHUNK_CALLS
         kernels += (chunks - 1) * _CHUNK_KERNELS
+        if case.checkpoint_kind == "offload":
+            calls += 2 * COPY_CALLS
+            kernels += 2
     if case.weights in ("nf4", "int8"):
         calls += _UNPACK_CALLS * (2 + recomputed)
         kernels += _UNPACK_KERNELS * (2 + recomputed)

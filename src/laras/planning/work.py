@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 Product = tuple[int, int, int, int]  # rows, inner, columns, bytes of an element; a batch multiplies its count
+Attention = tuple[int, int, int, int]  # tokens, heads, channels, products of a token with each that it attends to
 
 
 @dataclass(frozen=True)
@@ -14,70 +15,94 @@ class Work:
     """Of a stretch of a step.
 
     Attributes:
-        calls: Operations that the CPU issues, views included.
-        kernels: Those that run something on the device, matrix products apart.
+        calls: Operations that Python issues, views included.
+        engine_calls: Those that autograd's engine issues by itself, in backward.
+        compiled: Of the kernels, those that go through the launcher of a compiler.
+        kernels: Operations that run something on the device, matrix products apart.
         moved_bytes: Read and written by them.
-        attention: Operations of the attention kernels per token that each token attends to.
+        attention: Calls of the attention kernels and how many there are of each.
         products: Matrix products and how many there are of each.
     """
 
     calls: int = 0
+    engine_calls: int = 0
+    compiled: int = 0
     kernels: int = 0
     moved_bytes: int = 0
-    attention: int = 0
+    attention: tuple[tuple[Attention, int], ...] = ()
     products: tuple[tuple[Product, int], ...] = ()
 
     def to_json(self) -> list[Any]:
         """Plain values, for the cache."""
-        products = [[*product, count] for product, count in self.products]
-        return [self.calls, self.kernels, self.moved_bytes, self.attention, products]
+        numbers = astuple(self)[:_NUMBERS]
+        return [*numbers, *([[*key, count] for key, count in found] for found in (self.attention, self.products))]
 
     @classmethod
     def from_json(cls, values: list[Any]) -> Work:
         """The work that `to_json` wrote."""
-        calls, kernels, moved, attention, products = values
-        return cls(
-            calls, kernels, moved, attention, tuple(((a, b, c, size), count) for a, b, c, size, count in products)
+        attention, products = (
+            tuple(((a, b, c, d), count) for a, b, c, d, count in found) for found in values[_NUMBERS:]
         )
+        return cls(*values[:_NUMBERS], attention, products)
 
     def plus(self, other: Work, times: int = 1) -> Work:
         """The sum, the other one taken `times`."""
-        products = Counter(dict(self.products))
-        for product, count in other.products:
-            products[product] += times * count
+        numbers = [
+            one + times * more for one, more in zip(astuple(self)[:_NUMBERS], astuple(other)[:_NUMBERS], strict=True)
+        ]
         return Work(
-            self.calls + times * other.calls,
-            self.kernels + times * other.kernels,
-            self.moved_bytes + times * other.moved_bytes,
-            self.attention + times * other.attention,
-            tuple(sorted(products.items())),
+            *numbers,
+            _sum(self.attention, other.attention, times),
+            _sum(self.products, other.products, times),
         )
+
+
+_NUMBERS = 5  # of the attributes, those that come first
+
+_Counts = tuple[tuple[tuple[int, int, int, int], int], ...]
+
+
+def _sum(counts: _Counts, more: _Counts, times: int) -> _Counts:
+    found = Counter(dict(counts))
+    for key, count in more:
+        found[key] += times * count
+    return tuple(sorted(found.items()))
 
 
 class WorkCounter:
     """Adds up work while a step is recorded."""
 
     def __init__(self) -> None:
-        self._calls = self._kernels = self._moved = self._attention = 0
+        self._calls = self._engine_calls = self._compiled = self._kernels = self._moved = 0
+        self._attention: Counter[Attention] = Counter()
         self._products: Counter[Product] = Counter()
 
     @property
     def is_used(self) -> bool:
         """Whether anything was added."""
-        return self._calls > 0 or self._kernels > 0
+        return self._calls + self._engine_calls + self._kernels + self._moved > 0
 
-    def called(self, times: int = 1) -> None:
-        """The CPU issued operations."""
-        self._calls += times
+    def called(self, times: int = 1, *, by_engine: bool = False) -> None:
+        """Python, or autograd's engine, issued operations."""
+        if by_engine:
+            self._engine_calls += times
+        else:
+            self._calls += times
 
-    def launched(self, moved_bytes: int) -> None:
+    def launched(self, moved_bytes: int, *, compiled: bool = False) -> None:
         """A kernel that moves so many bytes."""
         self._kernels += 1
+        self._compiled += compiled
         self._moved += moved_bytes
 
-    def attended(self, operations_per_token: int) -> None:
+    def moved(self, moved_bytes: int) -> None:
+        """A part of a kernel that works on many tensors."""
+        self._moved += moved_bytes
+
+    def attended(self, tokens: int, heads: int, channels: int, products: int) -> None:
         """An attention kernel."""
-        self._attention += operations_per_token
+        self._kernels += 1
+        self._attention[tokens, heads, channels, products] += 1
 
     def multiplied(self, batch: int, rows: int, inner: int, columns: int, element_bytes: int) -> None:
         """A matrix product, or a batch of them."""
@@ -85,4 +110,12 @@ class WorkCounter:
 
     def total(self) -> Work:
         """What was added up."""
-        return Work(self._calls, self._kernels, self._moved, self._attention, tuple(sorted(self._products.items())))
+        return Work(
+            self._calls,
+            self._engine_calls,
+            self._compiled,
+            self._kernels,
+            self._moved,
+            tuple(sorted(self._attention.items())),
+            tuple(sorted(self._products.items())),
+        )
