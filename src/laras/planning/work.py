@@ -22,6 +22,7 @@ class Work:
         moved_bytes: Read and written by them.
         attention: Calls of the attention kernels and how many there are of each.
         products: Matrix products and how many there are of each.
+        copied_bytes: Copied to main memory or back while the device computes.
     """
 
     calls: int = 0
@@ -31,19 +32,21 @@ class Work:
     moved_bytes: int = 0
     attention: tuple[tuple[Attention, int], ...] = ()
     products: tuple[tuple[Product, int], ...] = ()
+    copied_bytes: int = 0
 
     def to_json(self) -> list[Any]:
         """Plain values, for the cache."""
         numbers = astuple(self)[:_NUMBERS]
-        return [*numbers, *([[*key, count] for key, count in found] for found in (self.attention, self.products))]
+        counts = [[[*key, count] for key, count in found] for found in (self.attention, self.products)]
+        return [*numbers, *counts, self.copied_bytes]
 
     @classmethod
     def from_json(cls, values: list[Any]) -> Work:
         """The work that `to_json` wrote."""
         attention, products = (
-            tuple(((a, b, c, d), count) for a, b, c, d, count in found) for found in values[_NUMBERS:]
+            tuple(((a, b, c, d), count) for a, b, c, d, count in found) for found in values[_NUMBERS : _NUMBERS + 2]
         )
-        return cls(*values[:_NUMBERS], attention, products)
+        return cls(*values[:_NUMBERS], attention, products, *values[_NUMBERS + 2 :])
 
     def plus(self, other: Work, times: int = 1) -> Work:
         """The sum, the other one taken `times`."""
@@ -54,6 +57,7 @@ class Work:
             *numbers,
             _sum(self.attention, other.attention, times),
             _sum(self.products, other.products, times),
+            self.copied_bytes + times * other.copied_bytes,
         )
 
 
@@ -73,7 +77,7 @@ class WorkCounter:
     """Adds up work while a step is recorded."""
 
     def __init__(self) -> None:
-        self._calls = self._engine_calls = self._compiled = self._kernels = self._moved = 0
+        self._calls = self._engine_calls = self._compiled = self._kernels = self._moved = self._copied = 0
         self._attention: Counter[Attention] = Counter()
         self._products: Counter[Product] = Counter()
 
@@ -99,6 +103,11 @@ class WorkCounter:
         """A part of a kernel that works on many tensors."""
         self._moved += moved_bytes
 
+    def copied(self, nbytes: int) -> None:
+        """The copy engine moves so many bytes to main memory or back, beside what the device computes."""
+        self.launched(nbytes)
+        self._copied += nbytes
+
     def attended(self, tokens: int, heads: int, channels: int, products: int) -> None:
         """An attention kernel."""
         self._kernels += 1
@@ -118,4 +127,5 @@ class WorkCounter:
             self._moved,
             tuple(sorted(self._attention.items())),
             tuple(sorted(self._products.items())),
+            self._copied,
         )
