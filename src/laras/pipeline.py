@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from laras.config import RunConfig
 from laras.config_file import config_to_yaml
 from laras.environment import read_environment
-from laras.errors import ConfigError, LarasError, PlanError, RunStateError
+from laras.errors import ConfigError, LarasError, OutOfMemoryError, PlanError, RunStateError
 from laras.progress import Observer
 from laras.ranks import from_rank_zero, own_rank
 from laras.record_base import Record, write_atomically
@@ -182,10 +182,10 @@ def test(
     Raises:
         RunStateError: This is no run, or it is in use.
         SealedTestError: The run has not finished, or the set was altered.
+        OutOfMemoryError: One row alone does not fit the device.
     """
     from laras.data.sealed import open_sealed, read_openings, require_openable
-    from laras.evaluation.generate import generate_samples
-    from laras.evaluation.metrics import loss_improvement_ci95, score_of
+    from laras.evaluation.comparison import compare_models
     from laras.models.finished import load_finished
 
     observer = observer or Observer()
@@ -198,37 +198,49 @@ def test(
         pair = load_finished(config, chosen.choices, run.final, _device())
         # Noted in the ledger only now: a model that cannot be loaded has seen nothing.
         rows = _as_dataset(open_sealed(run.path, "laras test", max_samples))
-        sums = {}
-        for name, model in (("base", pair.base), ("tuned", pair.tuned)):
-            observer.stage_started(f"scoring the {name} model on the test set")
-            with model() as scored:
-                sums[name] = _evaluate(scored, rows, chosen, pair.tokenizer, observer)
+        found = compare_models(
+            pair,
+            rows,
+            batch_size=chosen.choices.per_device_eval_batch_size,
+            device=_device(),
+            seed=config.seed,
+            observer=observer,
+        )
         evaluation = EvalResult(
             parent_digest=result.digest(),
-            base=score_of(sums["base"], seed=config.seed),
-            tuned=score_of(sums["tuned"], seed=config.seed),
-            loss_improvement_ci95=loss_improvement_ci95(sums["base"], sums["tuned"], seed=config.seed),
+            base=found.base,
+            tuned=found.tuned,
+            loss_improvement_ci95=found.loss_improvement_ci95,
             openings=len(read_openings(run.path)),
         )
         _save(evaluation, run)
         if answers:
-            observer.stage_started("answering with both models")
-            samples = Samples(
-                parent_digest=evaluation.digest(),
-                seed=config.seed,
-                max_new_tokens=_ANSWER_TOKENS,
-                samples=tuple(_answers(pair, rows, answers, config.seed, generate_samples)),
-            )
-            _save(samples, run)
+            _answer(pair, rows, answers, evaluation, config.seed, run, observer)
     _write_report(run, observer)
     if (sweep_dir := sweep_of(run.path)) is not None:  # whose page shows the score, too
         _write_report(RunDir(sweep_dir), observer)
     return evaluation
 
 
-def _answers(pair: Any, rows: Any, count: int, seed: int, generate: Callable[..., Any]) -> Any:
-    with pair.tuned() as tuned:
-        return generate(tuned, pair.tokenizer, rows, count, seed, _ANSWER_TOKENS, base=pair.base)
+def _answer(
+    pair: Any, rows: Any, count: int, evaluation: EvalResult, seed: int, run: RunDir, observer: Observer
+) -> None:
+    """Answers of both models beside each other, for the report; the score stands without them."""
+    from laras.evaluation.samples import generate_samples
+
+    observer.stage_started("answering with both models")
+    try:
+        with pair.tuned() as tuned:
+            samples = generate_samples(
+                tuned, pair.tokenizer, rows, count, seed, _ANSWER_TOKENS, base=pair.base, observer=observer
+            )
+    except OutOfMemoryError as error:
+        observer.warning(f"no answers for the report: {error.message}")
+        return
+    _save(
+        Samples(parent_digest=evaluation.digest(), seed=seed, max_new_tokens=_ANSWER_TOKENS, samples=tuple(samples)),
+        run,
+    )
 
 
 def _write_report(run: RunDir, observer: Observer) -> None:
@@ -389,19 +401,6 @@ def _run_training(
     if own_rank() == 0:
         _write_report(run, observer)
     return TrainOutcome(run.path, chosen, result)
-
-
-def _evaluate(model: Any, rows: Any, chosen: TrainPlan, tokenizer: PreTrainedTokenizerBase, observer: Observer) -> Any:
-    from laras.evaluation.evaluator import evaluate_split
-
-    return evaluate_split(
-        model,
-        rows,
-        batch_size=chosen.choices.per_device_eval_batch_size,
-        pad_token_id=tokenizer.pad_token_id,
-        device=_device(),
-        observer=observer,
-    )
 
 
 def _as_dataset(table: Any) -> Any:

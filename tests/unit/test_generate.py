@@ -1,4 +1,4 @@
-"""Answers end where they should, samples pair base and tuned model, Ctrl-C ends an answer and nothing else."""
+"""Answers end where they should, batches change none of them, Ctrl-C ends an answer and nothing else."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 import tiny_models
-from laras.errors import ConfigError
+from laras.errors import ConfigError, OutOfMemoryError
 from laras.evaluation import generate
-from laras.evaluation.generate import GenerationSettings, generate_samples, prompt_ids, stop_token_ids, stream_answer
+from laras.evaluation.generate import GenerationSettings, answer_prompts, prompt_ids, stop_token_ids, stream_answer
 
 GREEDY = GenerationSettings(max_new_tokens=12, temperature=0.0)
 
@@ -72,34 +72,70 @@ def test_sampling_follows_its_seed(models, words):
     assert len({ask(seed) for seed in range(4)}) > 1
 
 
-def test_samples_pair_what_base_and_tuned_model_answer(models, words):
-    prompt = prompt_ids(words, [{"role": "user", "content": "salt"}])
-    answer = words("a tree")["input_ids"]
-    chat = {"input_ids": prompt + answer, "labels": [-100] * len(prompt) + answer, "row": 7}
-    plain = {"input_ids": words(tiny_models.TEXT[0])["input_ids"], "labels": words(tiny_models.TEXT[0])["input_ids"]}
-    empty = {"input_ids": answer, "labels": [-100] * len(answer)}
-    too_long = {"input_ids": [5] * 300, "labels": [-100] * 299 + [5]}
-    samples = generate_samples(models, words, [chat, plain, empty, too_long], 4, seed=0, max_new_tokens=8)
-    assert samples == generate_samples(models, words, [chat, plain, empty, too_long], 4, seed=0, max_new_tokens=8)
-    assert {sample.row for sample in samples} == {7, 1}
-    found = next(sample for sample in samples if sample.row == 7)
-    assert (found.prompt, found.reference) == (words.decode(prompt), "a tree")
-    settings = GenerationSettings(8, 0.0)
-    assert found.tuned == stream_answer(models, words, prompt, settings).text
-    with models.disable_adapter():
-        assert found.base == stream_answer(models, words, prompt, settings).text
-    assert found.base != found.tuned
-    assert len(generate_samples(models, words, [chat, plain], 1, seed=0, max_new_tokens=8)) == 1
+def prompts_of(words, *texts):
+    return [prompt_ids(words, [{"role": "user", "content": text}]) for text in texts]
 
 
-def test_whole_weights_are_paired_with_a_base_that_is_given_or_with_none(models, words):
-    from contextlib import nullcontext
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
+def test_answers_in_batches_are_those_of_one_by_one(tmp_path, words, family):
+    model = AutoModelForCausalLM.from_pretrained(tiny_models.base_model(family, tmp_path)).eval()
+    model.generation_config.repetition_penalty = 1.3  # it looks at padding, too
+    prompts = prompts_of(words, "sea", "what is salt and what does it do", "a tree " * 9, "sun", "number 7")
+    together = answer_prompts(model, words, prompts, GREEDY)
+    assert together == [stream_answer(model, words, ids, GREEDY) for ids in prompts]
+    assert len({answer.text for answer in together}) > 1
 
-    whole = models.get_base_model()
-    row = {"input_ids": words(tiny_models.TEXT[1])["input_ids"], "labels": words(tiny_models.TEXT[1])["input_ids"]}
-    assert generate_samples(whole, words, [row], 1, seed=0, max_new_tokens=4)[0].base is None
-    given = generate_samples(whole, words, [row], 1, seed=0, max_new_tokens=4, base=lambda: nullcontext(whole))
-    assert given[0].base == given[0].tuned
+
+def test_an_answer_of_a_batch_ends_at_its_own_end(models, words, monkeypatch):
+    prompts = prompts_of(words, "sea", "what does salt do")
+    said = [
+        models.generate(input_ids=torch.tensor([ids]), max_new_tokens=12, do_sample=False)[0, len(ids) :].tolist()
+        for ids in prompts
+    ]
+    end = next(token for token in said[0] if token not in said[1])
+    monkeypatch.setattr(models.generation_config, "eos_token_id", [1, end])
+    ended = []
+    first, second = answer_prompts(models, words, prompts, GREEDY, ended.append)
+    assert (first.tokens, first.stopped) == (said[0].index(end) + 1, "end")
+    assert (second.tokens, second.stopped) == (12, "length")
+    assert [first, second] == [stream_answer(models, words, ids, GREEDY) for ids in prompts]
+    assert ended == [1, 2]
+
+
+def test_prompts_of_unlike_length_do_not_pad_each_other(models, words, monkeypatch):
+    shapes = []
+    real = models.generate
+    monkeypatch.setattr(models, "generate", lambda **given: shapes.append(given["input_ids"].shape) or real(**given))
+    prompts = [[5] * 9, [5] * 200, [6] * 8, [7] * 10, [8] * 190, [9] * 12]
+    assert all(answer.tokens for answer in answer_prompts(models, words, prompts, GREEDY))
+    assert [tuple(shape) for shape in shapes] == [(4, 200), (2, 9)]  # at least half of a batch are prompts
+    assert answer_prompts(models, words, [], GREEDY) == []
+
+
+def test_memory_that_runs_out_makes_batches_smaller_and_changes_no_answer(models, words, monkeypatch):
+    prompts = prompts_of(words, "sea", "what is salt", "a tree", "sun")
+    expected = answer_prompts(models, words, prompts, GREEDY)
+    real, fitting = models.generate, 2
+
+    def short_of_memory(**given):
+        if len(given["input_ids"]) > fitting:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore words")
+        return real(**given)
+
+    monkeypatch.setattr(models, "generate", short_of_memory)
+    told = []
+    assert answer_prompts(models, words, prompts, GREEDY, on_smaller=lambda *what: told.append(what)) == expected
+    assert told == [(4, 2, "CUDA out of memory. Tried to allocate 2.00 GiB")]
+    fitting = 0
+    for ask in (lambda: answer_prompts(models, words, prompts, GREEDY),
+                lambda: stream_answer(models, words, prompts[1], GREEDY)):  # fmt: skip
+        with pytest.raises(OutOfMemoryError, match=f"prompt of {len(prompts[1])} tokens"):
+            ask()
+
+
+def test_an_empty_prompt_is_a_clear_error(models, words):
+    with pytest.raises(ConfigError, match="empty"):
+        stream_answer(models, words, [], GREEDY)
 
 
 def test_a_full_context_is_a_clear_error(models, words):

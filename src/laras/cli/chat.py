@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from laras.cli.options import JsonOption, RunArgument, print_json
-from laras.errors import ConfigError
+from laras.errors import ConfigError, OutOfMemoryError
 
 if TYPE_CHECKING:
     from laras.evaluation.generate import Answer, GenerationSettings
@@ -120,7 +120,7 @@ def _converse(chat: _Chat) -> None:
         elif text:
             try:
                 _show_answers(chat, text)
-            except ConfigError as error:
+            except (ConfigError, OutOfMemoryError) as error:
                 typer.echo(f"error: {error}", err=True)
 
 

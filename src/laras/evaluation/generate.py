@@ -1,26 +1,25 @@
-"""Text from a model: streamed answers for a conversation, and answers of base and tuned model side by side."""
+"""Text from a model: one answer streamed as it grows, or the answers of many prompts in batches.
+
+Both go through `_generate`, so that what a report shows is what a conversation gives.
+"""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, TextIteratorStreamer
 
-from laras.data.store import prompt_length
-from laras.errors import ConfigError
-from laras.evaluation.evaluator import Rows
-from laras.records import Sample
+from laras.errors import ConfigError, OutOfMemoryError
+from laras.models.device_memory import DeviceOutOfMemory, free_caches, with_fewer_rows
 
 Message = Mapping[str, str]
-# A prompt of plain text, where every token is learnt: so much of the row is shown, the rest is the reference.
-_PLAIN_PROMPT_SHARE, _PLAIN_PROMPT_TOKENS = 0.25, 48
+_PADDED_SHARE = 2  # a batch has at most so many times the tokens of its prompts
 _CONTENT_MARK = "laras-content-mark"
 
 
@@ -91,12 +90,9 @@ def stream_answer(
 
     Raises:
         ConfigError: When the prompt leaves no room in the model's context.
+        OutOfMemoryError: When it does not fit the device.
     """
-    room = _room(model, len(ids))
-    if room < 1:
-        raise ConfigError(
-            f"the conversation has {len(ids)} tokens and the model's context is full", hint="start anew with /reset"
-        )
+    limit = _limit(model, len(ids), settings)
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     stop = threading.Event()
     produced: list[int] = []
@@ -105,12 +101,8 @@ def stream_answer(
 
     def work() -> None:
         try:
-            limit = min(settings.max_new_tokens, room)
-            produced.extend(
-                _generate(
-                    model, tokenizer, ids, settings, max_new_tokens=limit, stops=stops, stop=stop, streamer=streamer
-                )
-            )
+            until = _Until(stops, stop.is_set)
+            produced.extend(_generate(model, tokenizer, [ids], settings, limit, until, streamer)[0])
         except Exception as error:  # noqa: BLE001 - handed to the caller's thread and raised there
             failures.append(error)
             streamer.end()  # type: ignore[no-untyped-call]
@@ -133,118 +125,164 @@ def stream_answer(
         on_text(piece)
     thread.join()
     if failures:
-        raise failures[0]
+        if not isinstance(failures[0], DeviceOutOfMemory):
+            raise failures[0]
+        failures.clear()  # its traceback holds what did not fit
+        free_caches()
+        raise _does_not_fit(len(ids))
     ended = bool(produced) and produced[-1] in stops
     stopped = "interrupted" if interrupted and not ended else "end" if ended else "length"
     return Answer("".join(pieces).strip(), len(produced), stopped)
 
 
-def generate_samples(
+def answer_prompts(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Rows,
-    count: int,
-    seed: int,
-    max_new_tokens: int,
-    *,
-    base: Callable[[], AbstractContextManager[nn.Module]] | None = None,
-) -> list[Sample]:
-    """Answers of base and tuned model to the prompts of some rows, by greedy decoding.
+    prompts: Sequence[Sequence[int]],
+    settings: GenerationSettings,
+    on_ended: Callable[[int], None] = lambda _: None,
+    on_smaller: Callable[[int, int, str], None] = lambda old, new, why: None,
+) -> list[Answer]:
+    """Answers of several prompts, a batch at a time: those of one by one, but for the rounding of the arithmetic.
 
     Args:
-        model: The tuned model. With an adapter, the base is the same model with the adapter switched off.
+        model: As for `stream_answer`.
         tokenizer: Its tokenizer.
-        rows: Tokenised rows (`input_ids`, `labels`, and `row` where known); the prompt of a row is what comes before
-            its first target token.
-        count: So many rows at most, drawn by `seed`; rows whose prompt leaves no room for an answer are passed over.
-        seed: Of the draw.
-        max_new_tokens: Longest answer.
-        base: Gives the base model where it cannot be had by switching off an adapter (full fine-tuning).
+        prompts: The tokens of each.
+        settings: How to choose tokens; a batch ends where its longest prompt leaves no more room.
+        on_ended: Gets how many answers have ended so far, whenever more have.
+        on_smaller: Gets the old and the new size of a batch, and why, when memory runs out.
+
+    Raises:
+        ConfigError: When a prompt leaves no room in the model's context.
+        OutOfMemoryError: When one alone does not fit the device.
     """
-    settings = GenerationSettings(max_new_tokens=max_new_tokens, temperature=0.0)
-    base = base or getattr(model, "disable_adapter", None)
-    samples: list[Sample] = []
-    for index in np.random.default_rng(seed).permutation(len(rows)):
-        if len(samples) == count:
-            break
-        row = rows[int(index)]
-        ids, start = list(row["input_ids"]), _prompt_length(row["labels"])
-        if start == 0 or _room(model, start) < max_new_tokens:
-            continue
-        base_text = None
-        if base is not None:
-            with base() as other:
-                base_text = stream_answer(
-                    other if isinstance(other, nn.Module) else model, tokenizer, ids[:start], settings
-                ).text
-        samples.append(
-            Sample(
-                row=int(row.get("row", index)),
-                prompt=str(tokenizer.decode(ids[:start])),
-                reference=str(tokenizer.decode(ids[start:], skip_special_tokens=True)).strip(),
-                base=base_text,
-                tuned=stream_answer(model, tokenizer, ids[:start], settings).text,
-            )
-        )
-    return samples
+    stops = stop_token_ids(model, tokenizer)
+    pending = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    answers: dict[int, Answer] = {}
+
+    def work(rows: int) -> None:
+        while pending:
+            batch = _of_like_length([(index, len(prompts[index])) for index in pending[:rows]])
+            limit = _limit(model, len(prompts[batch[0]]), settings)
+            until = _Until(stops, on_ended=lambda ended: on_ended(len(answers) + ended))
+            produced = _generate(model, tokenizer, [prompts[index] for index in batch], settings, limit, until)
+            for index, ids in zip(batch, produced, strict=True):
+                text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
+                answers[index] = Answer(text, len(ids), "end" if ids and ids[-1] in stops else "length")
+            del pending[: len(batch)]
+            on_ended(len(answers))
+
+    with suppress(DeviceOutOfMemory):
+        with_fewer_rows(work, max(1, len(prompts)), on_smaller)
+    if pending:
+        free_caches()
+        raise _does_not_fit(len(prompts[pending[0]]))
+    return [answers[index] for index in range(len(prompts))]
 
 
-class _Stop(StoppingCriteria):
-    def __init__(self, event: threading.Event) -> None:
-        self._event = event
+class _Until(StoppingCriteria):
+    """Ends every row when that is asked for, and tells how many have ended by themselves."""
+
+    def __init__(
+        self,
+        stops: Sequence[int],
+        is_asked: Callable[[], bool] = lambda: False,
+        on_ended: Callable[[int], None] | None = None,
+    ) -> None:
+        self.stops, self._is_asked, self._on_ended = list(stops), is_asked, on_ended
+        self._ended_B: torch.Tensor | None = None
+        self._told = 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> Any:
-        return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device, dtype=torch.bool)
+        if self._on_ended is not None:
+            last_B = torch.isin(input_ids[:, -1], torch.tensor(self.stops, device=input_ids.device))
+            self._ended_B = last_B if self._ended_B is None else self._ended_B | last_B
+            ended = int(self._ended_B.sum())
+            if ended > self._told:
+                self._told = ended
+                self._on_ended(ended)
+        return torch.full((input_ids.shape[0],), self._is_asked(), device=input_ids.device, dtype=torch.bool)
 
 
 def _generate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    ids: Sequence[int],
+    prompts: Sequence[Sequence[int]],
     settings: GenerationSettings,
-    *,
     max_new_tokens: int,
-    stops: list[int],
-    stop: threading.Event,
-    streamer: TextIteratorStreamer,
-) -> list[int]:
+    until: _Until,
+    streamer: TextIteratorStreamer | None = None,
+) -> list[list[int]]:
+    """What follows each prompt, up to and with the first token that ends an answer."""
     chosen: dict[str, Any] = {}
     if settings.temperature is not None:
         greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         chosen = greedy if settings.temperature == 0 else {"do_sample": True, "temperature": settings.temperature}
     if settings.top_p is not None and chosen.get("do_sample", True):
         chosen |= {"do_sample": True, "top_p": settings.top_p}
-    input_ids_BT = torch.tensor([list(ids)], device=next(model.parameters()).device)
+    stops, longest = until.stops, max(map(len, prompts))
+    device = next(model.parameters()).device
+    # Padding repeats a token of the prompt itself: a penalty on repetition looks at masked tokens, too.
+    input_ids_BT = torch.tensor([[ids[0]] * (longest - len(ids)) + list(ids) for ids in prompts], device=device)
+    attention_mask_BT = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts], device=device)
     if settings.seed is not None:
         torch.manual_seed(settings.seed)
     with torch.inference_mode():
         output_BT = model.generate(
             input_ids=input_ids_BT,
-            attention_mask=torch.ones_like(input_ids_BT),
+            attention_mask=attention_mask_BT,
             max_new_tokens=max_new_tokens,
             eos_token_id=stops or None,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0] if stops else None,
-            stopping_criteria=StoppingCriteriaList([_Stop(stop)]),
+            stopping_criteria=StoppingCriteriaList([until]),
             streamer=streamer,
             use_cache=True,
             **chosen,
         )
-    result: list[int] = output_BT[0, len(ids) :].tolist()
-    return result
+    return [_up_to_end(ids, stops) for ids in output_BT[:, longest:].tolist()]
 
 
-def _room(model: nn.Module, used_tokens: int) -> int:
+def _up_to_end(ids: list[int], stops: Sequence[int]) -> list[int]:
+    end = next((place for place, token in enumerate(ids, start=1) if token in stops), len(ids))
+    return ids[:end]
+
+
+def _of_like_length(longest_first: Sequence[tuple[int, int]]) -> list[int]:
+    """As many prompts, given by index and length, as keep padding within bounds; the first at least."""
+    batch: list[int] = []
+    tokens, longest = 0, longest_first[0][1]
+    for index, length in longest_first:
+        tokens += length
+        if (len(batch) + 1) * longest > _PADDED_SHARE * tokens:
+            break
+        batch.append(index)
+    return batch
+
+
+def _limit(model: nn.Module, used_tokens: int, settings: GenerationSettings) -> int:
+    if used_tokens == 0:
+        raise ConfigError("the prompt is empty", hint="a model answers to at least one token")
+    room = context_room(model, used_tokens)
+    if room < 1:
+        raise ConfigError(
+            f"the conversation has {used_tokens} tokens and the model's context is full", hint="start anew with /reset"
+        )
+    return min(settings.max_new_tokens, room)
+
+
+def _does_not_fit(tokens: int) -> OutOfMemoryError:
+    return OutOfMemoryError(
+        f"answering one prompt of {tokens} tokens does not fit the device's memory",
+        hint="use a shorter one, or set CUDA_VISIBLE_DEVICES= to answer on the CPU",
+    )
+
+
+def context_room(model: nn.Module, used_tokens: int) -> int:
+    """How many more tokens the model's context takes."""
     config: Any = getattr(model, "config", None)
     context = getattr(config, "max_position_embeddings", None)
     return (context if isinstance(context, int) else 1 << 30) - used_tokens
-
-
-def _prompt_length(labels: Sequence[int]) -> int:
-    """Tokens before the first target; of plain text, where all are targets, a share of the row."""
-    first = prompt_length(labels)
-    if first == len(labels):
-        return 0
-    return first if first > 1 else min(_PLAIN_PROMPT_TOKENS, int(len(labels) * _PLAIN_PROMPT_SHARE))
 
 
 def _turn_end_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

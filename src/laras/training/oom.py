@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import gc
-
 import torch
 from torch import Tensor
 
 from laras.errors import OutOfMemoryError
+from laras.models.device_memory import DeviceOutOfMemory, free_caches
 
-# Raised by the CUDA allocator; an allocation that fails on CPU ends in RuntimeError or in the kernel's killer.
-DeviceOutOfMemory = torch.cuda.OutOfMemoryError
+__all__ = ["DeviceOutOfMemory", "device_random_state", "does_not_fit", "free_caches", "restore_device_random_state"]
 
 
 def device_random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -23,13 +21,6 @@ def restore_device_random_state(state: tuple[Tensor, Tensor | None], device: tor
     torch.set_rng_state(state[0])
     if state[1] is not None:
         torch.cuda.set_rng_state(state[1], device)
-
-
-def free_caches() -> None:
-    """Gives back what the allocator holds without use. Call it outside the `except` block, whose traceback holds on."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def does_not_fit(row: int, tokens: int, doing: str) -> OutOfMemoryError:
