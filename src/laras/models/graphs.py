@@ -21,7 +21,13 @@ _EAGER_STEPS = 2  # kernels are compiled and chosen in these
 
 def train_step(model: nn.Module, choices: PlanChoices, observer: Observer) -> TrainStep:
     """The step of a model of `laras.models.build`: captured where the plan says so and layers are fused, else eager."""
-    if not choices.cuda_graph or path_of(model).fused is None or next(model.parameters()).device.type != "cuda":
+    fused = path_of(model).fused
+    if not choices.cuda_graph or fused is None:
+        return eager_step(model)
+    if fused.offloads:  # a replay would keep no order between its copies and those of steps around it
+        observer.warning("the step is not captured as a CUDA graph: inputs of its layers go to main memory")
+        return eager_step(model)
+    if next(model.parameters()).device.type != "cuda":
         return eager_step(model)
     return GraphedStep(model, observer)
 
@@ -43,6 +49,7 @@ class GraphedStep:
         self._inputs: dict[str, Tensor] = {}
         self._scale = torch.ones((), device=self._trained[0].device)
         self._loss = torch.zeros((), device=self._trained[0].device)
+        self._side = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # one: each keeps the memory that it has used
         self._calls = 0
         self._gives_up = False
 
@@ -73,11 +80,10 @@ class GraphedStep:
 
     def _on_side_stream(self, batch: Mapping[str, Tensor], scale: Tensor) -> Tensor:
         """Gradients of a stream that was captured must not depend on work queued elsewhere."""
-        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+        self._side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._side):
             loss = self._eager(batch, scale)
-        torch.cuda.current_stream().wait_stream(side)
+        torch.cuda.current_stream().wait_stream(self._side)
         return loss
 
     def _capture(self, batch: Mapping[str, Tensor]) -> None:
