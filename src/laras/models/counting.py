@@ -33,7 +33,7 @@ _EMPTY = frozenset(
 
 def count_operation(counter: WorkCounter, func: Any, args: tuple[Any, ...], out: Any) -> None:
     """Adds an operation to the counter."""
-    counter.called()
+    counter.called(by_engine=_is_engine())
     if func in _EMPTY or func.is_view:
         return
     known = _KNOWN.get(func)
@@ -42,8 +42,7 @@ def count_operation(counter: WorkCounter, func: Any, args: tuple[Any, ...], out:
         return
     attention = _ATTENTION.get(func)
     if attention is not None:
-        counter.launched(0)
-        counter.attended(attention(args))
+        counter.attended(*attention(args))
         return
     product = _PRODUCTS.get(func.overloadpacket)
     if product is not None:
@@ -55,6 +54,15 @@ def count_operation(counter: WorkCounter, func: Any, args: tuple[Any, ...], out:
     counter.launched(_moved_bytes([*tree_leaves(args), *tree_leaves(out)]))
 
 
+def _is_engine() -> bool:
+    """Whether autograd's engine issues the operation: a checkpointed layer runs again, and a backward by hand runs,
+    from Python."""
+    if torch.is_grad_enabled():
+        return False
+    node = torch._C._current_autograd_node()
+    return node is not None and not isinstance(node, torch.autograd.function.BackwardCFunction)
+
+
 def register_work(op: Any, count: Callable[..., None]) -> None:
     """Tells what an operation of a library does inside: `count` gets the counter and the operation's arguments."""
     _KNOWN[op] = count
@@ -63,7 +71,7 @@ def register_work(op: Any, count: Callable[..., None]) -> None:
 def pointwise(counter: WorkCounter, tensors: Iterable[Tensor | None]) -> None:
     """Adds a kernel of the product's own that reads or writes each of the tensors once."""
     counter.called()
-    counter.launched(_moved_bytes(tensors))
+    counter.launched(_moved_bytes(tensors), compiled=True)
 
 
 def _moved_bytes(leaves: Iterable[Any]) -> int:
@@ -86,31 +94,37 @@ _PRODUCTS: dict[Any, int] = {
 }
 
 
-def _dense_forward(args: tuple[Any, ...]) -> int:
-    """Operations per attended token of causal attention: (B, H, T, C), two products, half of the square."""
-    batch, heads, tokens, channels = args[0].shape
-    return int(2 * batch * heads * tokens * channels)
+# Products that a token has with each that it attends to, forward and backward: causal attention leaves half of the
+# square out, a mask does not.
+FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
+_Attended = tuple[int, int, int, int]  # as `laras.planning.work.Attention`
 
 
-def _flash_forward(args: tuple[Any, ...]) -> int:
-    return _dense_forward(args) * (1 if len(args) > 4 and args[4] else 2)
+def _dense(query: Tensor, products: int) -> _Attended:
+    batch, heads, tokens, channels = query.shape
+    return batch * tokens, heads, channels, products
 
 
-def _flash_backward(args: tuple[Any, ...]) -> int:
-    return 5 * _dense_forward(args[1:]) // 2
+def _flash_forward(args: tuple[Any, ...]) -> _Attended:
+    is_causal = len(args) > 4 and args[4]
+    return _dense(args[0], FORWARD_PRODUCTS * (1 if is_causal else 2))
 
 
-def _efficient_forward(args: tuple[Any, ...]) -> int:
-    return _dense_forward(args) * (2 if args[3] is not None or not args[6] else 1)
+def _flash_backward(args: tuple[Any, ...]) -> _Attended:
+    return _dense(args[1], BACKWARD_PRODUCTS)
 
 
-def _efficient_backward(args: tuple[Any, ...]) -> int:
-    return 5 * _dense_forward(args[1:]) // 2 * (2 if args[4] is not None else 1)
+def _efficient_forward(args: tuple[Any, ...]) -> _Attended:
+    return _dense(args[0], FORWARD_PRODUCTS * (2 if args[3] is not None or not args[6] else 1))
 
 
-def _varlen(args: tuple[Any, ...]) -> int:
-    tokens, heads, channels = args[0].shape
-    return int(2 * tokens * heads * channels)
+def _efficient_backward(args: tuple[Any, ...]) -> _Attended:
+    return _dense(args[1], BACKWARD_PRODUCTS * (2 if args[4] is not None else 1))
+
+
+def _varlen(query: Tensor, products: int) -> _Attended:
+    tokens, heads, channels = query.shape
+    return tokens, heads, channels, products
 
 
 _ATTENTION: dict[Any, Any] = {
@@ -125,5 +139,5 @@ def register_varlen() -> None:
     """Tells the work of torch's kernel for packed documents; importing it takes seconds, so only where it runs."""
     from torch.nn.attention import varlen  # noqa: F401 - defines the operations
 
-    _ATTENTION[torch.ops.torch_attn._varlen_attn.default] = _varlen
-    _ATTENTION[torch.ops.torch_attn._varlen_attn_backward.default] = lambda args: 5 * _varlen(args[1:]) // 2
+    _ATTENTION[torch.ops.torch_attn._varlen_attn.default] = lambda args: _varlen(args[0], FORWARD_PRODUCTS)
+    _ATTENTION[torch.ops.torch_attn._varlen_attn_backward.default] = lambda args: _varlen(args[1], BACKWARD_PRODUCTS)

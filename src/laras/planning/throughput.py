@@ -24,23 +24,34 @@ class Rates:
     Attributes:
         matrix: Share of the dense peak that matrix products reach.
         attention: That of the attention kernels.
+        attention_start: Tokens that a token seems to attend to besides those it does: blocks that are filled in part.
         bandwidth: Share of the memory bandwidth that everything else reaches.
         kernel_s: Seconds between two kernels on the device.
-        call_s: Seconds that the host takes for an operation, views included.
+        call_s: Seconds that Python takes for an operation, views included.
+        engine_s: Seconds that autograd's engine takes for one.
         launch_s: Seconds more where the operation launches a kernel.
+        compiled_s: Seconds more where a compiler's launcher does it.
     """
 
     matrix: float
     attention: float
+    attention_start: float
     bandwidth: float
     kernel_s: float
     call_s: float
+    engine_s: float
     launch_s: float
+    compiled_s: float
 
 
-RATES = Rates(matrix=0.70, attention=0.195, bandwidth=0.72, kernel_s=4.8e-6, call_s=8.0e-6, launch_s=18.3e-6)
+RATES = Rates(
+    matrix=0.70, attention=0.30, attention_start=500, bandwidth=0.80, kernel_s=3e-6,
+    call_s=10e-6, engine_s=8e-6, launch_s=18e-6, compiled_s=20e-6,
+)  # fmt: skip
 # Once a step, however many micro-batches: the adapters' copies, the update, the gradients' release.
-_ONCE_A_STEP = frozenset({"batch", "optimizer", "release"})
+_FIRST, _LAST = ("states", "batch"), ("optimizer", "release")
+_EACH = ("forward", "loss", "backward", "end")
+_AGAIN = " again"  # of a second micro-batch
 
 
 def recorded_step_s(
@@ -55,6 +66,9 @@ def recorded_step_s(
 ) -> float:
     """Seconds of one micro-batch with its part of the optimizer's step.
 
+    The host issues one part of the step after the other, and does not wait for the device before the end; the device
+    does not begin a part before it is issued. So one of them may be ahead in forward, and behind in backward.
+
     Args:
         work: Of a recorded step, by kind of segment.
         hardware: The device.
@@ -64,22 +78,40 @@ def recorded_step_s(
         token_share: Tokens of an average batch over those of the recorded one.
         accumulation: Micro-batches of an optimizer step.
     """
-    device_s = host_s = 0.0
-    for kind, part in work.items():
-        if kind == "evaluation":
-            continue
-        once = kind in _ONCE_A_STEP
-        share = 1.0 if once else token_share * (target_share if kind == "loss" else 1.0)
+    parts = [work[kind] for kind in _order(work, accumulation)]
+    shares = [
+        (1.0 if kind in _FIRST + _LAST else token_share) * (target_share if kind.startswith("loss") else 1.0)
+        for kind in _order(work, accumulation)
+    ]
+    issued_s = done_s = 0.0
+    for part, share in zip(parts, shares, strict=True):
         kernels = part.kernels + sum(count for _, count in part.products)
-        busy_s = _products_s(part, hardware, rates) + part.attention * span_tokens / (
-            _peak(hardware, 2) * rates.attention
-        )
-        busy_s += part.moved_bytes / (hardware.bandwidth_bytes_per_s * rates.bandwidth)
-        busy_s = max(busy_s, part.copied_bytes / hardware.host_link_bytes_per_s)
-        times = 1 / accumulation if once else 1.0
-        device_s += times * (share * busy_s + kernels * rates.kernel_s)
-        host_s += times * (part.calls * rates.call_s + kernels * rates.launch_s)
-    return max(device_s, host_s)
+        began_s = max(done_s, issued_s)
+        issued_s += part.calls * rates.call_s + part.engine_calls * rates.engine_s
+        issued_s += kernels * rates.launch_s + part.compiled * rates.compiled_s
+        busy_s = share * _busy_s(part, hardware, rates, span_tokens) + kernels * rates.kernel_s
+        done_s = max(began_s + busy_s, issued_s)
+    return done_s / accumulation
+
+
+def _order(work: Mapping[str, Work], accumulation: int) -> list[str]:
+    """The kinds of segments in the order of time, those of every micro-batch."""
+    later = [kind + _AGAIN if kind + _AGAIN in work else kind for kind in _EACH]
+    order = [*_FIRST, *_EACH]
+    for _ in range(accumulation - 1):
+        order += ["batch" + _AGAIN, *later]
+    return [kind for kind in (*order, *_LAST) if kind in work]
+
+
+def _busy_s(part: Work, hardware: HardwareSpec, rates: Rates, span_tokens: float) -> float:
+    """Seconds that the device computes or moves."""
+    attention = sum(
+        tokens * heads * channels * products * count for (tokens, heads, channels, products), count in part.attention
+    )
+    busy_s = _products_s(part, hardware, rates)
+    busy_s += attention * (span_tokens + rates.attention_start) / (_peak(hardware, 2) * rates.attention)
+    busy_s += part.moved_bytes / (hardware.bandwidth_bytes_per_s * rates.bandwidth)
+    return max(busy_s, part.copied_bytes / hardware.host_link_bytes_per_s)
 
 
 def _products_s(part: Work, hardware: HardwareSpec, rates: Rates) -> float:

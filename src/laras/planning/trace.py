@@ -139,13 +139,16 @@ class StepTrace:
         return _Unroller(self, layers).run()
 
     def work(self, layers: int) -> dict[str, Work]:
-        """The work of each kind of segment, of the first micro-batch, at full depth."""
+        """The work of each kind of segment at full depth, in the order of time.
+
+        Of a second micro-batch the kinds are `forward again` and so on: it adds to gradients that are there.
+        """
         found: dict[str, Work] = defaultdict(Work)
         for part in self.segments:
-            if part.index == 0 or part.kind == "evaluation":
-                middle = part.layer == _MIDDLE and layers != self.layers
-                times = layers - TRACED_LAYERS + 1 if middle else 1
-                found[part.kind] = found[part.kind].plus(part.work, times)
+            middle = part.layer == _MIDDLE and layers != self.layers
+            times = layers - TRACED_LAYERS + 1 if middle else 1
+            kind = f"{part.kind} again" if part.index > 0 and part.kind != "evaluation" else part.kind
+            found[kind] = found[kind].plus(part.work, times)
         return dict(found)
 
     def paged_bytes(self, layers: int) -> int:
