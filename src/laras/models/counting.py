@@ -33,7 +33,7 @@ _EMPTY = frozenset(
 
 def count_operation(counter: WorkCounter, func: Any, args: tuple[Any, ...], out: Any) -> None:
     """Adds an operation to the counter."""
-    counter.called(by_engine=_is_engine())
+    counter.called(in_graph=torch.is_grad_enabled(), by_engine=_is_engine())
     if func in _EMPTY or func.is_view:
         return
     known = _KNOWN.get(func)

@@ -23,7 +23,7 @@ from laras.records import HardwareSpec, MemoryEstimate, ModelSpec, PlanChoices
 Simulate = Callable[[RunConfig, PlanChoices, int, HardwareSpec, int | None], StepTrace]
 """As `laras.models.simulation.trace_step`; the pipeline hands it in."""
 
-_LAYOUT = 5  # raised whenever what a trace means changes
+_LAYOUT = 6  # raised whenever what a trace means changes
 _TRAINING = ("weights", "states", "batch", "forward", "loss", "backward", "end", "optimizer", "release")
 _MOMENTS = {"loss": "loss", "backward": "backward of a layer", "forward": "forward", "optimizer": "optimizer step"}
 
@@ -106,7 +106,7 @@ def summary_of(trace: StepTrace, layers: int) -> dict[str, int]:
         "reserved_bytes": result.peak_reserved_bytes,
         "evaluation_bytes": whole.peaks().get("evaluation", 0),
         "paged_bytes": trace.paged_bytes(layers),
-        "calls": sum(part.calls + part.engine_calls for part in steps),
+        "calls": sum(part.calls + part.graph_calls + part.engine_calls for part in steps),
         "moved_bytes": sum(part.moved_bytes for part in steps),
         "product_operations": sum(2 * rows * inner * cols * count for (rows, inner, cols, _), count in products),
     }

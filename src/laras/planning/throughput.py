@@ -27,7 +27,8 @@ class Rates:
         attention_start: Tokens that a token seems to attend to besides those it does: blocks that are filled in part.
         bandwidth: Share of the memory bandwidth that everything else reaches.
         kernel_s: Seconds between two kernels on the device.
-        call_s: Seconds that Python takes for an operation, views included.
+        call_s: Seconds that Python takes for an operation, views included, where autograd does not follow.
+        graph_s: Seconds where it does, with the modules around.
         engine_s: Seconds that autograd's engine takes for one.
         launch_s: Seconds more where the operation launches a kernel.
         compiled_s: Seconds more where a compiler's launcher does it.
@@ -39,6 +40,7 @@ class Rates:
     bandwidth: float
     kernel_s: float
     call_s: float
+    graph_s: float
     engine_s: float
     launch_s: float
     compiled_s: float
@@ -46,7 +48,7 @@ class Rates:
 
 RATES = Rates(
     matrix=0.70, attention=0.30, attention_start=500, bandwidth=0.80, kernel_s=3e-6,
-    call_s=10e-6, engine_s=8e-6, launch_s=18e-6, compiled_s=20e-6,
+    call_s=3e-6, graph_s=10e-6, engine_s=8e-6, launch_s=18e-6, compiled_s=20e-6,
 )  # fmt: skip
 # Once a step, however many micro-batches: the adapters' copies, the update, the gradients' release.
 _FIRST, _LAST = ("states", "batch"), ("optimizer", "release")
@@ -87,7 +89,7 @@ def recorded_step_s(
     for part, share in zip(parts, shares, strict=True):
         kernels = part.kernels + sum(count for _, count in part.products)
         began_s = max(done_s, issued_s)
-        issued_s += part.calls * rates.call_s + part.engine_calls * rates.engine_s
+        issued_s += part.calls * rates.call_s + part.graph_calls * rates.graph_s + part.engine_calls * rates.engine_s
         issued_s += kernels * rates.launch_s + part.compiled * rates.compiled_s
         busy_s = share * _busy_s(part, hardware, rates, span_tokens) + kernels * rates.kernel_s
         done_s = max(began_s + busy_s, issued_s)

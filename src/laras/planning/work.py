@@ -15,7 +15,8 @@ class Work:
     """Of a stretch of a step.
 
     Attributes:
-        calls: Operations that Python issues, views included.
+        calls: Operations that Python issues, views included, where autograd does not follow them.
+        graph_calls: Those that Python's modules issue while autograd follows them.
         engine_calls: Those that autograd's engine issues by itself, in backward.
         compiled: Of the kernels, those that go through the launcher of a compiler.
         kernels: Operations that run something on the device, matrix products apart.
@@ -26,6 +27,7 @@ class Work:
     """
 
     calls: int = 0
+    graph_calls: int = 0
     engine_calls: int = 0
     compiled: int = 0
     kernels: int = 0
@@ -61,7 +63,7 @@ class Work:
         )
 
 
-_NUMBERS = 5  # of the attributes, those that come first
+_NUMBERS = 6  # of the attributes, those that come first
 
 _Counts = tuple[tuple[tuple[int, int, int, int], int], ...]
 
@@ -77,19 +79,21 @@ class WorkCounter:
     """Adds up work while a step is recorded."""
 
     def __init__(self) -> None:
-        self._calls = self._engine_calls = self._compiled = self._kernels = self._moved = self._copied = 0
+        self._calls = self._graph_calls = self._engine_calls = self._compiled = self._kernels = self._moved = self._copied = 0
         self._attention: Counter[Attention] = Counter()
         self._products: Counter[Product] = Counter()
 
     @property
     def is_used(self) -> bool:
         """Whether anything was added."""
-        return self._calls + self._engine_calls + self._kernels + self._moved > 0
+        return self._calls + self._graph_calls + self._engine_calls + self._kernels + self._moved > 0
 
-    def called(self, times: int = 1, *, by_engine: bool = False) -> None:
-        """Python, or autograd's engine, issued operations."""
+    def called(self, times: int = 1, *, in_graph: bool = False, by_engine: bool = False) -> None:
+        """Operations were issued: by Python, where autograd follows or not, or by autograd's engine."""
         if by_engine:
             self._engine_calls += times
+        elif in_graph:
+            self._graph_calls += times
         else:
             self._calls += times
 
@@ -121,6 +125,7 @@ class WorkCounter:
         """What was added up."""
         return Work(
             self._calls,
+            self._graph_calls,
             self._engine_calls,
             self._compiled,
             self._kernels,
