@@ -79,7 +79,8 @@ class WorkCounter:
     """Adds up work while a step is recorded."""
 
     def __init__(self) -> None:
-        self._calls = self._graph_calls = self._engine_calls = self._compiled = self._kernels = self._moved = self._copied = 0
+        self._calls = self._graph_calls = self._engine_calls = 0
+        self._compiled = self._kernels = self._moved = self._copied = 0
         self._attention: Counter[Attention] = Counter()
         self._products: Counter[Product] = Counter()
 
