@@ -31,6 +31,7 @@ from laras.models.fused import kernels, variant
 from laras.models.fused.model import fused_refusal, kernel_sizes
 from laras.models.fused.selfcheck import disagreement
 from laras.models.fused.variant import Variant
+from laras.models.graphs import GraphedStep, train_step
 from laras.models.step import eager_step, summed_loss
 from laras.planning.architecture import load_model_spec
 from laras.progress import Observer
@@ -160,7 +161,7 @@ def same(found, expected):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("kind", ["none", "selective", "full", "transformers"])
+@pytest.mark.parametrize("kind", ["none", "selective", "full", "offload", "transformers"])
 def test_every_path_gives_the_loss_and_gradient_of_the_plain_padded_one(folders, expected, name, kind):
     changes = {"fused_layers": False} if kind == "transformers" else {"checkpoint_kind": kind}
     model = built(folders[name], gradient_checkpointing=kind not in ("none", "transformers"), **changes)
@@ -182,9 +183,77 @@ def test_every_variant_gives_the_same(folders, expected, monkeypatch, flag, kind
         same(step(model, packed(rows())), expected(name))
 
 
-def test_inputs_in_host_memory_are_those_of_the_step_that_goes_backward(folders, monkeypatch):
-    monkeypatch.setattr(variant, "CHOSEN", Variant(offload=True))
-    model = built(folders["qwen2"], gradient_checkpointing=True, checkpoint_kind="full")
+def offloading(folder, **changes):
+    return built(folder, gradient_checkpointing=True, checkpoint_kind="offload", **changes)
+
+
+@pytest.fixture(scope="module")
+def deep_folder(tmp_path_factory):
+    torch.manual_seed(0)
+    place = str(tmp_path_factory.mktemp("deep"))
+    AutoModelForCausalLM.from_config(Qwen3Config(**{**SIZES, "num_hidden_layers": 5}, head_dim=8)).save_pretrained(
+        place
+    )
+    return place
+
+
+def test_inputs_in_main_memory_change_no_bit(deep_folder):
+    kept = built(deep_folder, gradient_checkpointing=True, checkpoint_kind="full")
+    model = offloading(deep_folder)
+    for batch in (packed(rows()), PadCollator(0)(rows()), packed(rows()[:2]), packed(rows())):
+        (loss, gradient), (expected_loss, expected) = step(model, batch), step(kept, batch)
+        assert loss == expected_loss
+        assert torch.equal(gradient, expected)
+    assert model.laras_path.fused._inputs.host_bytes == 4 * 4 * 128 * 32  # of 120 tokens and all layers but the last
+
+
+def test_what_goes_no_way_back_stays_on_the_device(folders):
+    model = offloading(folders["qwen2"])
+    with torch.no_grad():
+        loss = summed_loss(model, packed(rows()))
+    assert model.laras_path.fused._inputs.host_bytes == 0
+    assert loss == step(model, packed(rows()))[0]
+
+
+def test_a_step_that_ended_early_leaves_nothing_to_the_next(deep_folder):
+    model = offloading(deep_folder)
+    expected = step(model, packed(rows()))
+
+    def dies(_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    first = next(parameter for name, parameter in model.named_parameters() if "layers.2" in name and "lora_A" in name)
+    handle = first.register_hook(dies)
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        step(model, packed(rows()))
+    handle.remove()
+    half = step(model, packed(rows()[:3]))
+    assert half[0] < expected[0]
+    again = step(model, packed(rows()))
+    assert again[0] == expected[0]
+    assert torch.equal(again[1], expected[1])
+
+
+def test_a_step_that_copies_to_main_memory_is_not_captured(folders):
+    told = []
+    observer = Observer()
+    observer.warning = told.append
+    model = offloading(folders["qwen2"])
+    made = train_step(model, choices(gradient_checkpointing=True, checkpoint_kind="offload", cuda_graph=True), observer)
+    assert not isinstance(made, GraphedStep)
+    assert len(told) == 1 and "is not captured as a CUDA graph" in told[0]
+
+
+def test_layers_keep_what_they_are_told_from_then_on(folders, expected):
+    model = built(folders["qwen2"])
+    for kind in ("offload", "full", "none", "selective", "offload"):
+        model.laras_path.fused.keep(kind)
+        assert model.laras_path.fused.offloads == (kind == "offload")
+        same(step(model, packed(rows())), expected("qwen2"))
+
+
+def test_inputs_in_host_memory_are_those_of_the_step_that_goes_backward(folders):
+    model = offloading(folders["qwen2"])
     first = summed_loss(model, packed(rows()))
     second = summed_loss(model, packed(rows()))
     with pytest.raises(RuntimeError, match="each forward pass needs its backward first"):
@@ -205,7 +274,7 @@ def wide_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["qwen3", "phi3"])
-@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+@pytest.mark.parametrize("kind", ["none", "selective", "full", "offload"])
 def test_4bit_layers_give_the_loss_and_gradient_of_bitsandbytes_own(wide_folder, name, kind):
     pytest.importorskip("bitsandbytes")
     plain = built(wide_folder[name], packing=False, fused_layers=False, loss_kind="full", load_in_4bit=True)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from laras.models.counting import pointwise
+from laras.models.counting import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, pointwise
 from laras.models.recording import Recorder
+from laras.planning.throughput import COPY_CALLS
 from laras.planning.work import WorkCounter
 from laras.records import HardwareSpec, Precision
 
@@ -75,12 +76,12 @@ def _count_update(counter: WorkCounter, parameter: nn.Parameter, optim: str) -> 
     """Traffic of one parameter's update, clipping included; the calls are those that go parameter by parameter."""
     count, size = parameter.numel(), parameter.element_size()
     if optim.endswith("8bit"):
-        counter.called(25)  # some 0.2 ms of Python a parameter
+        counter.called(20, in_graph=True)  # some 0.2 ms of Python a parameter
         counter.launched(count * (3 * size + 4))  # parameter twice, gradient, two states of a byte twice
     else:
-        counter.called(2)
-        # One kernel for all: seven tensors; or a list operation after the other, some twenty.
-        counter.launched(count * size * (7 if optim == "adamw_torch_fused" else 20))
+        # A kernel for many parameters: seven tensors; or a list operation after the other, some twenty.
+        counter.called()
+        counter.moved(count * size * (7 if optim == "adamw_torch_fused" else 20))
 
 
 # ------------------------------------------------------------ what CUDA would do
@@ -149,7 +150,11 @@ def kernels_of(hardware: HardwareSpec, recorder: Recorder) -> Iterator[None]:
 @contextmanager
 def counted_kernels(recorder: Recorder) -> Iterator[None]:
     """The fused layers' own kernels, which do nothing on meta tensors, tell the recorder what they would have done."""
-    from laras.models.fused import kernels, layer, lora, loss, model
+    from laras.models.fused import kernels, layer, lora, loss, model, offload
+
+    def started(hidden: Tensor) -> None:
+        recorder.counter.called(COPY_CALLS)
+        recorder.counter.copied(hidden.numel() * hidden.element_size())
 
     def told(name: str, original: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -162,7 +167,7 @@ def counted_kernels(recorder: Recorder) -> Iterator[None]:
     def attended(original: Any, products: int, query: int) -> Any:
         def call(*args: Any) -> Any:
             recorder.counter.called()
-            recorder.counter.attended(products * args[query].numel())
+            recorder.counter.attended(*args[query].shape, products)
             # What the kernel wants contiguous, it copies.
             copied = [one for one in args[:query] if not one.is_contiguous()]
             copied += [one for one in args[query + 3 : query + 4] if query and not one.is_contiguous()]
@@ -176,8 +181,12 @@ def counted_kernels(recorder: Recorder) -> Iterator[None]:
 
     patches: list[tuple[Any, str, Any]] = [
         (layer, name, attended(getattr(layer, name), products, query))
-        for name, products, query in (("attention", 2, 0), ("attention_backward", 5, 1))
+        for name, products, query in (
+            ("attention", FORWARD_PRODUCTS, 0),
+            ("attention_backward", BACKWARD_PRODUCTS, 1),
+        )
     ]
+    patches.append((offload, "started", started))
     for module in (layer, lora, loss, model):
         for name, original in vars(kernels).items():
             if name.endswith("_") and not name.startswith("_") and getattr(module, name, None) is original:

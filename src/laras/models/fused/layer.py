@@ -5,10 +5,12 @@
 | `none`      | everything: 2 (2 D + qkv + D + 2 F) + ranks                        | norms, the SwiGLU product        |
 | `selective` | 2 (2 D + qkv + D)                                                  | also gate and up                 |
 | `full`      | 2 D, the layer's input                                             | also q, k, v, attention, o       |
+| `offload`   | as `full`, in main memory; on the device that of two layers        | as `full`                        |
 
-(The names say how much is checkpointed.) Where query and key are normed by head, what is kept of them is from before
-the norm, and backward norms and rotates them again. Gate, up and their gradients exist for `mlp_chunk` tokens at a time
-unless they are kept. Shapes: T tokens, D hidden, F feed-forward width, H heads, G key-value heads, C channels.
+(The names say how much is checkpointed; a layer knows `offload` as `full` with `inputs`.) Where query and key are
+normed by head, what is kept of them is from before the norm, and backward norms and rotates them again. Gate, up and
+their gradients exist for `mlp_chunk` tokens at a time unless they are kept. Shapes: T tokens, D hidden, F feed-forward
+width, H heads, G key-value heads, C channels.
 """
 
 from __future__ import annotations

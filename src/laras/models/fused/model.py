@@ -23,6 +23,7 @@ from laras.models.fused.loss import chunked_nll
 from laras.models.fused.offload import HostInputs
 from laras.models.fused.selfcheck import KernelSizes
 from laras.planning.layer_forms import ACTIVATIONS, FUSED_TYPES, LAYER_FORMS, LayerForm, fused_support
+from laras.progress import Observer
 
 __all__ = ["FUSED_TYPES", "FusedModel", "fused_refusal", "kernel_sizes"]
 
@@ -33,32 +34,43 @@ class FusedModel:
     Args:
         model: A `peft.PeftModel` for which `fused_refusal` is None.
         dtype: Of the arithmetic.
-        checkpoint_kind: `none`, `selective` or `full`; see `laras.models.fused.layer`.
+        checkpoint_kind: `none`, `selective`, `full` or `offload`; see `laras.models.fused.layer`.
         mlp_chunk: Tokens whose gate and up exist at once in a checkpointed layer.
         loss_chunk: Target tokens whose logits exist at once.
         longest_tokens: Longest document.
+        observer: Is told what is slower than planned.
     """
 
     def __init__(
         self, model: Any, *, dtype: torch.dtype, checkpoint_kind: str, mlp_chunk: int, loss_chunk: int,
-        longest_tokens: int,
+        longest_tokens: int, observer: Observer | None = None,
     ) -> None:  # fmt: skip
         self._causal = model.get_base_model()
         self._decoder = self._causal.base_model
         self._loss_chunk, self._longest_tokens = loss_chunk, longest_tokens
         config = self._causal.config
         form = LAYER_FORMS[config.model_type]
-        count = len(self._decoder.layers)
-        self._inputs = HostInputs(count) if checkpoint_kind == "full" and variant.CHOSEN.offload else None
+        self._observer = observer or Observer()
+        self._inputs: HostInputs | None = None
         self.layers = [
-            replace(
-                _fused_layer(layer, config, form, dtype, checkpoint_kind, mlp_chunk), number=number, inputs=self._inputs
-            )
+            replace(_fused_layer(layer, config, form, dtype, checkpoint_kind, mlp_chunk), number=number)
             for number, layer in enumerate(self._decoder.layers)
         ]
+        self.keep(checkpoint_kind)
         self._norm = _norm_weight(self._decoder.norm, form), config.rms_norm_eps
         self._spare = self.layers[-1].spare  # kept apart, as planning wraps the layers
         self._lora_layers = [one for layer in self.layers for group in layer.groups for one in group.layers]
+
+    @property
+    def offloads(self) -> bool:
+        """Whether inputs of layers go to main memory."""
+        return self._inputs is not None
+
+    def keep(self, checkpoint_kind: str) -> None:
+        """From now on the layers keep for backward what this kind says."""
+        self._inputs = HostInputs(len(self.layers), self._observer) if checkpoint_kind == "offload" else None
+        kind = "full" if self.offloads else checkpoint_kind
+        self.layers = [replace(layer, checkpoint_kind=kind, inputs=self._inputs) for layer in self.layers]
 
     def refusal(self) -> str | None:
         """Why the adapters' present state needs the model's own forward; None when it does not."""
@@ -90,7 +102,7 @@ class FusedModel:
         cos, sin = self._decoder.rotary_emb(hidden_TD, positions)
         documents = Documents(cu_seqlens, longest, cos[0], sin[0], equal_rows)
         if self._inputs is not None:
-            self._inputs.begin()
+            self._inputs.begin(keeps=torch.is_grad_enabled())
         for layer in self.layers:
             hidden_TD = layer(hidden_TD, documents)
         targets_T = nn.functional.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE_INDEX).flatten()

@@ -1,8 +1,9 @@
-"""Inputs of checkpointed layers in host memory between forward and backward, copied beside the computation.
+"""Inputs of checkpointed layers in main memory between forward and backward, copied beside the computation.
 
 A layer that keeps its input alone keeps T x D elements; over a PCIe bus their copy takes a fraction of the time in
 which the layer computes, so that on the device only the inputs of two layers exist. Copies run on a stream of their
-own: an input leaves while the next layer runs, and comes back while the layer above runs backward.
+own: an input leaves while the next layer runs, and comes back while the layer above runs backward. What comes back is
+what left, bit for bit.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from laras.progress import Observer
 
 
 @dataclass
@@ -29,46 +32,46 @@ class HostInputs:
 
     Attributes:
         layers: Number of layers; the last one's input stays on the device, since it is wanted at once.
+        observer: Is told when main memory cannot be pinned.
     """
 
     layers: int
+    observer: Observer = field(default_factory=Observer)
     _step: int = 0
+    _keeps: bool = True
+    _pins: bool = True
     _host: dict[int, Tensor] = field(default_factory=dict)
     _leaving: list[tuple[Tensor, torch.cuda.Event | None]] = field(default_factory=list)
     _coming: dict[int, tuple[Tensor, torch.cuda.Event | None]] = field(default_factory=dict)
     _stream: torch.cuda.Stream | None = None
 
-    def begin(self) -> None:
-        """A forward pass starts."""
+    @property
+    def host_bytes(self) -> int:
+        """Main memory that is held."""
+        return sum(room.numel() * room.element_size() for room in self._host.values())
+
+    def begin(self, *, keeps: bool) -> None:
+        """A forward pass starts.
+
+        Args:
+            keeps: A backward pass follows; without one nothing is stored.
+        """
         self._step += 1
+        self._keeps = keeps
+        self._leaving += self._coming.values()  # of a step that ended early: memory that a copy may still write to
         self._coming.clear()
         self._let_go()
 
     def store(self, number: int, hidden_TD: Tensor) -> Tensor | Ticket:
         """Takes a layer's input; what is returned is for `load`."""
-        if number == self.layers - 1:
-            self._let_go()
+        if not self._keeps:
             return hidden_TD
-        ticket = Ticket(number, self._step, hidden_TD.shape)
-        if hidden_TD.is_meta:
-            self._let_go()
-            self._leaving.append((hidden_TD, None))
-            return ticket
-        count = hidden_TD.numel()
-        host = self._host.get(number)
-        if host is None or host.numel() < count or host.dtype != hidden_TD.dtype:
-            host = self._host[number] = torch.empty(count, dtype=hidden_TD.dtype, pin_memory=hidden_TD.is_cuda)
-        target = host[:count].view(hidden_TD.shape)
-        if not hidden_TD.is_cuda:
-            target.copy_(hidden_TD)
-            return ticket
         self._let_go()
-        side, event = self._side(), torch.cuda.Event()  # type: ignore[no-untyped-call]
-        with torch.cuda.stream(side):
-            target.copy_(hidden_TD, non_blocking=True)
-            event.record(side)
+        if number == self.layers - 1:
+            return hidden_TD
+        event = self._copy(hidden_TD, number, leaves=True)
         self._leaving.append((hidden_TD, event))  # its memory is not free before the copy has read it
-        return ticket
+        return Ticket(number, self._step, hidden_TD.shape)
 
     def load(self, kept: Tensor | Ticket, like: Tensor) -> Tensor:
         """The input that `store` took, on the device of `like`, a tensor of its type.
@@ -90,19 +93,45 @@ class HostInputs:
 
     def _fetch(self, ticket: Ticket, like: Tensor) -> None:
         """Starts a copy back, unless it has started or there is none."""
-        if ticket.number < 0 or ticket.number in self._coming:
-            return
-        hidden, event = like.new_empty(ticket.shape), None
-        if not like.is_meta:
-            source = self._host[ticket.number][: math.prod(ticket.shape)].view(ticket.shape)
-            if like.is_cuda:
-                side, event = self._side(), torch.cuda.Event()  # type: ignore[no-untyped-call]
-                with torch.cuda.stream(side):
-                    hidden.copy_(source, non_blocking=True)
-                    event.record(side)
-            else:
-                hidden.copy_(source)
-        self._coming[ticket.number] = (hidden, event)
+        if ticket.number >= 0 and ticket.number not in self._coming:
+            hidden = like.new_empty(ticket.shape)
+            self._coming[ticket.number] = hidden, self._copy(hidden, ticket.number, leaves=False)
+
+    def _copy(self, hidden: Tensor, number: int, *, leaves: bool) -> torch.cuda.Event | None:
+        """Copies a layer's input to main memory or back; on a GPU the event says when that is done."""
+        if hidden.is_meta:
+            started(hidden)
+            return None
+        room = self._room(number, hidden) if leaves else self._host[number]
+        host = room[: math.prod(hidden.shape)].view(hidden.shape)
+        target, source = (host, hidden) if leaves else (hidden, host)
+        if not hidden.is_cuda:
+            target.copy_(source)
+            return None
+        side, event = self._side(), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        with torch.cuda.stream(side):
+            target.copy_(source, non_blocking=self._pins)
+            event.record(side)
+        return event
+
+    def _room(self, number: int, hidden: Tensor) -> Tensor:
+        """Main memory for a layer's input: a power of two of elements, since torch pins no less."""
+        room = self._host.get(number)
+        if room is None or room.numel() < hidden.numel() or room.dtype != hidden.dtype:
+            self._host.pop(number, None)
+            size = 1 << (hidden.numel() - 1).bit_length()
+            room = self._host[number] = self._pinned(size, hidden) if hidden.is_cuda else hidden.new_empty(size)
+        return room
+
+    def _pinned(self, size: int, like: Tensor) -> Tensor:
+        if self._pins:
+            try:
+                return torch.empty(size, dtype=like.dtype, pin_memory=True)
+            except RuntimeError as error:  # a container or WSL may allow little
+                self._pins = False
+                reason = str(error).strip().partition("\n")[0]
+                self.observer.warning(f"main memory is not pinned, and steps that copy to it run slower: {reason:.200}")
+        return torch.empty(size, dtype=like.dtype)
 
     def _let_go(self) -> None:
         """Gives inputs back whose copy is queued; what takes their memory waits for it."""
@@ -117,3 +146,7 @@ class HostInputs:
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream())
         return self._stream
+
+
+def started(hidden: Tensor) -> None:
+    """A copy that a step on meta tensors would have started; planning counts them here."""

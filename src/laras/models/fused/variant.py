@@ -26,8 +26,6 @@ class Variant:
         grouped_sums: The gradients of a group's adapters are summed as two tensors and scaled once, at the end.
         unpack_kernel: One launch unpacks the 4-bit weights of a group into place, where it gives the bits of
             bitsandbytes on those very weights; else bitsandbytes does.
-        offload: Layers that keep their input alone keep it in host memory. Off: nothing of it was timed, and plans do
-            not know it.
     """
 
     whole_heads: bool = True
@@ -38,7 +36,6 @@ class Variant:
     product_in_up: bool = True
     grouped_sums: bool = True
     unpack_kernel: bool = True
-    offload: bool = False
 
 
 CHOSEN = Variant()
