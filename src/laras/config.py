@@ -57,6 +57,12 @@ def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+# Names of transformers 5.17, `auto`, and `varlen` of `laras.models.attention`.
+ATTENTION_NAMES = (
+    "auto", "eager", "sdpa", "varlen", "flex_attention", "flash_attention_2", "flash_attention_3", "flash_attention_4",
+)  # fmt: skip
+
+
 class RunConfig(_Frozen):
     """Everything a user can decide about a run. Frozen; written to the run directory as given and as resolved."""
 
@@ -201,6 +207,11 @@ class RunConfig(_Frozen):
             problems.append("full fine-tuning needs unquantised weights; set load_in_4bit/load_in_8bit to false")
         if self.finetuning_type == "full" and self.use_dora:
             problems.append("use_dora is a kind of LoRA; remove it or set finetuning_type: lora")
+        if "/" not in self.attn_implementation and self.attn_implementation not in ATTENTION_NAMES:
+            problems.append(
+                f"attn_implementation {self.attn_implementation!r:.80} is not known; one of "
+                f"{', '.join(ATTENTION_NAMES)}, or a kernel of the Hub as OWNER/NAME"
+            )
         if "/" in self.attn_implementation and not self.trust_remote_code:
             problems.append(
                 f"attn_implementation {self.attn_implementation!r:.80} names a kernel of the Hub, which is code; "

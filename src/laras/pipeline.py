@@ -18,6 +18,7 @@ from laras.config import RunConfig
 from laras.config_file import config_to_yaml
 from laras.environment import read_environment
 from laras.errors import ConfigError, LarasError, OutOfMemoryError, PlanError, RunStateError
+from laras.planning.attention import require_attention
 from laras.progress import Observer
 from laras.ranks import from_rank_zero, own_rank
 from laras.record_base import Record, write_atomically
@@ -117,7 +118,7 @@ def train(
         stop: Through which others than signals may ask the run to stop.
 
     Raises:
-        ConfigError: The model cannot be loaded or the run directory not made.
+        ConfigError: The model cannot be loaded, its attention is not installed, or the run directory not made.
         DataError: With every problem of the data at once; nothing is left behind.
         PlanError: The plan does not fit; nothing was started.
         RunStateError: The run cannot start from the weights of `from_run`; names every reason.
@@ -125,8 +126,10 @@ def train(
         TrainingAborted: Numbers that do not train, or memory that no split cures.
     """
     observer = observer if observer is not None and own_rank() == 0 else Observer()
+    import_failure = import_backend(config, observer)  # before anything that imports torch
 
     def start() -> RunDir:
+        require_attention(config.attn_implementation)
         origin = _find_start(from_run, checkpoint, observer)
         own = _prepare(config, _load_tokenizer(config, observer), observer)
         prepared = origin.chained(own) if origin else own

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import platformdirs
 
+from laras.planning.attention import DISTRIBUTIONS, has_kernel
 from laras.planning.catalogue import NATIVE_BF16_SINCE
 
 Status = Literal["ok", "note", "problem"]
@@ -134,8 +135,7 @@ def _attention(cards: list[dict[str, Any]]) -> Finding:
     paths = ["sdpa"]
     if cards and cards[0]["capability"] >= NATIVE_BF16_SINCE:
         paths.append("varlen (packing)")
-    if _version("flash-attn") is not None:
-        paths.append("flash_attention_2")
+    paths += [name for name in DISTRIBUTIONS if has_kernel(name)]
     advice = "" if len(paths) > 1 else "packing without padding needs compute capability 8.0"
     return Finding("attention", "ok" if len(paths) > 1 else "note", ", ".join(paths), advice)
 
