@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import time
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ from laras.models.quantized_meta import quantize_on_meta
 from laras.models.step import ExecutionPath
 from laras.progress import Observer
 from laras.records import PlanChoices
+
+
+_WORTH_SAYING_S = 1.0  # Triton keeps what it has compiled, so a second run has nothing to say
 
 
 def build_model(config: RunConfig, choices: PlanChoices, device: str, observer: Observer) -> Any:
@@ -97,8 +102,10 @@ def _path(model: nn.Module, choices: PlanChoices, observer: Observer) -> Executi
     refusal = fused_refusal(model, choices.max_length) if choices.fused_layers else "as planned"
     if refusal is None and choices.loss_kind == "full":
         refusal = "the plan keeps full logits"
+    started = time.monotonic()
     if refusal is None:
         refusal = _kernel_refusal(model, choices)
+    kernels_s = time.monotonic() - started
     if refusal is not None:
         observer.message(f"layers of transformers: {refusal}")
         longest = choices.max_length if choices.packing else None
@@ -116,7 +123,8 @@ def _path(model: nn.Module, choices: PlanChoices, observer: Observer) -> Executi
     )
     if next(model.parameters()).device.type == "cpu":
         _return_freed_memory()
-    observer.message(f"fused layers, checkpointing: {kind}")
+    compiled = f"; kernels compiled and compared in {kernels_s:.0f} s" if kernels_s >= _WORTH_SAYING_S else ""
+    observer.message(f"fused layers, checkpointing: {kind}{compiled}")
     return ExecutionPath(fused, None, "chunked", choices.loss_chunk_tokens, choices.max_length)
 
 
