@@ -13,7 +13,8 @@ from laras.planning.hardware import driver_version
 from laras.records import Environment, HardwareSpec
 
 _PACKAGES = (
-    "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "unsloth", "triton",
+    "torch", "transformers", "trl", "peft", "accelerate", "datasets", "tokenizers", "bitsandbytes", "unsloth",
+    "unsloth-zoo", "xformers", "triton",
 )  # fmt: skip
 
 

@@ -134,7 +134,9 @@ def train(
         own = _prepare(config, _load_tokenizer(config, observer), observer)
         prepared = origin.chained(own) if origin else own
         observer.message(_division(prepared.manifest))
-        chosen = _plan(config, prepared, observer)
+        chosen = _plan(config, prepared, observer, import_failure)
+        if config.backend == "unsloth" != chosen.choices.backend:
+            observer.warning(chosen.reasons["backend"])
         if origin:
             origin.require_fit(config, chosen, own)
         _require_fit(chosen)
@@ -157,11 +159,14 @@ def resume(
         RunStateError: This is no run, it is in use, has finished, or has drifted since the checkpoint.
         CheckpointError: There is no usable checkpoint of that step.
     """
-    from laras.training.resume import choose_checkpoint
+    from laras.models.unsloth import import_for_run
 
     observer = observer if observer is not None and own_rank() == 0 else Observer()
     run = RunDir(Path(run_dir))
     run.load_config()
+    import_for_run(run.path, TrainPlan.load(run.path).choices, observer)
+    from laras.training.resume import choose_checkpoint  # torch, which comes after
+
     return _run_training(run, observer, lambda: choose_checkpoint(run.path, checkpoint, observer), stop)
 
 
@@ -289,14 +294,23 @@ def _load_spec(config: RunConfig) -> Any:
     return load_model_spec(resolve_tokenizer(config.model_name_or_path), revision=config.model_revision)
 
 
-def _plan(config: RunConfig, prepared: PreparedData | None, observer: Observer) -> TrainPlan:
+def import_backend(config: RunConfig, observer: Observer) -> str | None:
+    """Imports what has to come before torch; see `laras.models.unsloth.import_for_config`."""
+    from laras.models.unsloth import import_for_config
+
+    return import_for_config(config, lambda: _load_spec(config), observer)
+
+
+def _plan(
+    config: RunConfig, prepared: PreparedData | None, observer: Observer, import_failure: str | None = None
+) -> TrainPlan:
     from laras.planning.hardware import load_hardware
     from laras.planning.planner import plan_training
 
     observer.stage_started("planning")
     spec = _load_spec(config).model_copy(update={"source": config.model_name_or_path})
     profile, manifest = (prepared.profile, prepared.manifest) if prepared else (None, None)
-    return plan_training(config, profile, manifest, spec, load_hardware(config.gpu), simulate=_simulate)
+    return plan_training(config, profile, manifest, spec, load_hardware(config.gpu), _simulate, import_failure)
 
 
 def _simulate(*arguments: Any) -> Any:

@@ -169,7 +169,7 @@ class MemoryEstimate(Value):
     device_budget_bytes: int
     components: dict[str, int]
     peak_moment: str
-    method: Literal["closed-form", "simulation"]
+    method: Literal["closed-form", "simulation", "closed-form of plain layers"]  # the last: for others'
     process_bytes: int = 0  # what a process holds on the device: reserved, CUDA context, paged states; 0: unknown
     host_bytes: int = 0  # of main memory, not swappable, that holds what the device does without meanwhile
 

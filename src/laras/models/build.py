@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from laras.config import RunConfig
+from laras.models import unsloth
 from laras.models.attention import VARLEN, register_attention
 from laras.models.fused.model import FusedModel, fused_refusal, kernel_sizes
 from laras.models.fused.selfcheck import disagreement
@@ -39,6 +40,8 @@ def build_model(config: RunConfig, choices: PlanChoices, device: str, observer: 
 
     Raises:
         ConfigError: The model cannot be loaded.
+    if choices.backend == "unsloth":
+        return _unsloth_model(config, choices, observer)
     """
     register_attention()
     model = _base(config, choices, device)
@@ -66,6 +69,17 @@ def build_model(config: RunConfig, choices: PlanChoices, device: str, observer: 
         model.enable_input_require_grads()
     model.train()
     return model
+
+def _unsloth_model(config: RunConfig, choices: PlanChoices, observer: Observer) -> Any:
+    model = unsloth.build_layers(config, choices)
+    states = partial(unsloth.hidden_states, dtype=torch_dtype(choices.precision))
+    model.laras_path = ExecutionPath(
+        None, "as planned", "chunked", choices.loss_chunk_tokens, choices.max_length, hidden_states=states
+    )
+    observer.message("layers of Unsloth")
+    model.train()
+    return model
+
 
 
 def _base(config: RunConfig, choices: PlanChoices, device: str) -> Any:

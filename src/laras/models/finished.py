@@ -13,8 +13,9 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from laras.config import RunConfig
-from laras.errors import CheckpointError
+from laras.errors import CheckpointError, RunStateError
 from laras.models.loader import load_model
+from laras.models.unsloth import is_imported
 from laras.records import PlanChoices, Precision
 
 
@@ -58,12 +59,18 @@ def load_finished(config: RunConfig, choices: PlanChoices, final_dir: Path, devi
 
     Raises:
         CheckpointError: When `final/` is missing or incomplete.
+        RunStateError: When this process has Unsloth.
         ConfigError: When the base cannot be loaded.
     """
     weights = "model.safetensors.index.json" if choices.finetuning_type == "full" else "adapter_config.json"
     if not any((final_dir / name).is_file() for name in (weights, "model.safetensors")):
         raise CheckpointError(
             f"{final_dir} holds no finished model", hint="finish the run with `laras resume`, or restore the folder"
+        )
+    if is_imported():
+        raise RunStateError(
+            "Unsloth has changed transformers in this process, and a score or an answer is that of unchanged layers",
+            hint=f"run it in a process of its own: `laras test {final_dir.parent}`",
         )
     tokenizer = AutoTokenizer.from_pretrained(final_dir)
     base = _load_base(config, choices, device)

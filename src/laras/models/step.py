@@ -43,6 +43,13 @@ class ExecutionPath:
     loss_kind: str = "full"
     loss_chunk_tokens: int = 1024
     max_document_tokens: int | None = None
+    # Of layers that another library has built: the model without its adapter wrapper and inputs to (B, T, D).
+    hidden_states: Callable[[Any, Mapping[str, Tensor]], Tensor] | None = None
+
+    @property
+    def checkpoints_itself(self) -> bool:
+        """Whether checkpointing is no business of transformers' layers."""
+        return self.fused is not None or self.hidden_states is not None
 
 
 def path_of(model: nn.Module) -> ExecutionPath:
@@ -123,6 +130,8 @@ def _hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Output of the decoder, before the head (B, T, D)."""
     whole: Any = model
     causal = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+    if (own := path_of(model).hidden_states) is not None:
+        return own(causal, model_inputs(batch))
     output = causal.base_model(**_inputs(model, batch), use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden

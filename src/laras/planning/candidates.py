@@ -145,7 +145,9 @@ def fused_possible(
     config: RunConfig, spec: ModelSpec, hardware: HardwareSpec, precision: Precision, length_tokens: int
 ) -> bool:
     """Whether the fused layers run; what `laras.models.fused.model.fused_refusal` finds on the built model."""
-    if config.finetuning_type != "lora" or spec.model_type not in FUSED_TYPES or config.loss_kind == "full":
+    if config.backend == "unsloth" or config.finetuning_type != "lora":
+        return False
+    if spec.model_type not in FUSED_TYPES or config.loss_kind == "full":
         return False
     if spec.fused_refusal is not None or length_tokens > (spec.fused_longest_tokens or length_tokens):
         return False

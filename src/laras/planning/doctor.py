@@ -18,6 +18,7 @@ from typing import Any, Literal
 import platformdirs
 
 from laras.planning.attention import DISTRIBUTIONS, has_kernel
+from laras.planning.backend import UNSLOTH_VERSION, is_installed, machine_refusals
 from laras.planning.catalogue import NATIVE_BF16_SINCE
 
 Status = Literal["ok", "note", "problem"]
@@ -53,7 +54,7 @@ def examine() -> list[Finding]:
         _precision(cards),
         _quantisation(cards),
         _attention(cards),
-        _package("unsloth", "Unsloth", "not needed: this version has its own fast path"),
+        _unsloth(cards),
         _trackers(),
         _disk("disk", Path.cwd()),
         _disk("cache", Path(platformdirs.user_cache_dir("laras", appauthor=False))),
@@ -148,11 +149,21 @@ def _trackers() -> Finding:
     return Finding("trackers", "note" if notes else "ok", ", ".join(["metrics.jsonl", *present]), "; ".join(notes))
 
 
-def _package(name: str, title: str, advice: str) -> Finding:
-    found = _version(name)
-    return (
-        Finding(title.lower(), "ok", f"{title} {found}") if found else Finding(title.lower(), "note", "absent", advice)
-    )
+def _unsloth(cards: list[dict[str, Any]]) -> Finding:
+    found = _version("unsloth")
+    if found is None:
+        advice = "not needed: Laras' own layers were faster in every case measured. For `backend: unsloth`: pip install"
+        return Finding("unsloth", "note", "absent", f"{advice} 'laras[unsloth]'")
+    if not is_installed():
+        advice = "Laras' own layers are used; pip install 'laras[unsloth]' brings what is missing"
+        return Finding("unsloth", "note", f"Unsloth {found} without unsloth_zoo", advice)
+    refusals = machine_refusals(max((card["capability"] for card in cards), default=None))
+    if refusals:
+        return Finding("unsloth", "note", f"Unsloth {found}, but {'; '.join(refusals)}", "Laras' own layers are used")
+    if found != UNSLOTH_VERSION:
+        advice = f"Laras is written for {UNSLOTH_VERSION}: pip install 'laras[unsloth]'"
+        return Finding("unsloth", "note", f"Unsloth {found}", advice)
+    return Finding("unsloth", "ok", f"Unsloth {found}; taken with `backend: unsloth` only")
 
 
 def _disk(name: str, folder: Path) -> Finding:

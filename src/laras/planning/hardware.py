@@ -65,6 +65,20 @@ def driver_version() -> str | None:
     return None
 
 
+def local_capability() -> tuple[int, int] | None:
+    """Highest compute capability of the cards of this machine by NVML, without torch; None where there is none."""
+    with suppress(Exception):  # no NVML, no driver, no card
+        nvml: Any = import_module("pynvml")
+        nvml.nvmlInit()
+        try:
+            handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+            major, minor = max(tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)) for handle in handles)
+            return int(major), int(minor)
+        finally:
+            nvml.nvmlShutdown()
+    return None
+
+
 def _local_gpu() -> HardwareSpec | None:
     """The first visible CUDA device as torch sees it; None without one."""
     import torch

@@ -9,8 +9,8 @@ from __future__ import annotations
 from math import ceil
 
 from laras.config import RunConfig
-from laras.errors import ConfigError
 from laras.planning.architecture import FAMILIES
+from laras.planning.backend import capability_of, choose_backend, layers_of
 from laras.planning.candidates import (
     PACKABLE_TYPES,
     Candidate,
@@ -48,6 +48,7 @@ def plan_training(
     spec: ModelSpec,
     hardware: HardwareSpec,
     simulate: Simulate | None = None,
+    import_failure: str | None = None,
 ) -> TrainPlan:
     """Resolves every `auto` of the configuration for this model, data and device.
 
@@ -58,6 +59,7 @@ def plan_training(
         spec: The architecture.
         hardware: The device.
         simulate: `laras.models.simulation.trace_step`; None plans by the closed form alone.
+        import_failure: Why Unsloth could not be imported, once that was tried.
 
     Returns:
         The plan; `fits` is False, with `remedies`, when nothing that the configuration allows fits.
@@ -65,21 +67,24 @@ def plan_training(
     Raises:
         ConfigError: The requested precision does not train on this device.
     """
-    if config.backend == "unsloth":
-        raise ConfigError(
-            "backend unsloth is not there yet; this version trains through transformers and its own fused layers",
-            hint="set `backend: auto`",
-        )
+    config_digest = digest_of(config.model_dump(mode="json"))
     precision, why = choose_precision(config.precision, hardware.kind, hardware.compute_capability)
     work = workload(config, profile, manifest, spec)
+    own = config.model_copy(update={"backend": "transformers"})
+    layers = layers_of(fused_possible(own, spec, hardware, precision, work.length_tokens))
+    backend = choose_backend(config, spec, capability_of(hardware), layers, import_failure)
+    config = config.model_copy(update={"backend": backend.name})
     found = candidates(config, spec, hardware, precision, work)
     warnings = _family_warnings(config, spec)
+    if backend.refusal:
+        warnings.append(f"trained without Unsloth: {backend.refusal}")
     selection = select(config, spec, hardware, work, found, simulate)
     best, others = selection.best, selection.others
     warnings += selection.warnings
     steps = _steps(config, work, best)
     choices = resolved_choices(config, spec, best, _eval_steps(config, work, steps))
     reasons = {"precision": f"{precision}: {why}", **_reasons(config, spec, hardware, precision, work, found, best)}
+    reasons["backend"] = backend.reason
     remedies: tuple[str, ...] = ()
     if not best.fits:
         remedies = find_remedies(config, profile, manifest, spec, hardware)
@@ -89,7 +94,7 @@ def plan_training(
         )
     return TrainPlan(
         parent_digest=manifest.digest() if manifest else None,
-        config_digest=digest_of(config.model_dump(mode="json")),
+        config_digest=config_digest,
         model=spec,
         hardware=hardware,
         choices=choices,
@@ -175,7 +180,6 @@ def _reasons(
         four_bit = f"unquantised weights need at least {_gib(least)}"
         if least <= best.memory.device_budget_bytes:
             four_bit += ", and the allocator more than there is"
-    fused = fused_possible(config, spec, hardware, precision, work.length_tokens)
     return {
         "max_length": f"the longest example in multiples of 128, at most {cap}"
         if work.stats
@@ -191,10 +195,7 @@ def _reasons(
         + ("logits exist for a part of the tokens at a time" if case.loss_kind == "chunked" else "this head or method")
         if config.loss_kind == "auto"
         else given,
-        "attention": ("documents of a bin are kept apart" if best.packing else "padded rows")
-        if config.attn_implementation == "auto"
-        else given,
-        "backend": f"{'fused' if fused else 'transformers'} layers" if config.backend == "auto" else given,
+        "attention": _attention_reason(config, best),
         "lora_r": f"for {size}" if config.lora_r == "auto" else given,
         "lora_alpha": "twice the rank" if config.lora_alpha == "auto" else given,
         "use_rslora": f"from 3B on; {size}" if config.use_rslora == "auto" else given,
@@ -212,6 +213,14 @@ def _optim_reason(config: RunConfig, hardware: HardwareSpec, best: Candidate) ->
     if best.case.optim == "paged_adamw_8bit":
         return "exact optimizer states do not fit; 8-bit ones are paged to main memory"
     return "exact states fit; one kernel updates them" if hardware.kind == "cuda" else "the CPU's"
+
+
+def _attention_reason(config: RunConfig, best: Candidate) -> str:
+    if config.backend == "unsloth":
+        return "Unsloth chooses the kernel when it runs"
+    if config.attn_implementation != "auto":
+        return "as configured"
+    return "documents of a bin are kept apart" if best.packing else "padded rows"
 
 
 def _alternative(candidate: Candidate) -> Alternative:

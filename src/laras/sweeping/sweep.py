@@ -60,6 +60,7 @@ def run_sweep(
     _check_call(trials, time_limit_s)
     deadline_s = time.monotonic() + time_limit_s if time_limit_s is not None else None
     asked = parse_search(search, config) if search else None
+    pipeline.import_backend(config, observer)  # before anything that imports torch
     inspection = pipeline.inspect(config, observer)
     if not inspection.manifest.validation.rows:
         raise ConfigError(
@@ -96,6 +97,7 @@ def continue_sweep(
     wanted = trials if trials is not None else record.wanted_trials
     _check_call(wanted, time_limit_s)
     deadline_s = time.monotonic() + time_limit_s if time_limit_s is not None else None
+    pipeline.import_backend(config, observer)
     manifest = pipeline.inspect(config, observer).manifest
     choices = pipeline.plan(config, observer).choices
     with hold(RunDir(sweep_dir)):

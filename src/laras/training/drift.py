@@ -77,6 +77,7 @@ def identity_of(
         **packed,
         "eval_steps": choices.eval_steps,
         **method,
+        **({"backend": choices.backend} if choices.backend != "transformers" else {}),  # as other checkpoints have none
         **({"start_weights": start_sha256} if start_sha256 else {}),
         **(adapter if choices.finetuning_type == "lora" else {}),
         "target_modules": sorted(choices.target_modules),

@@ -13,7 +13,6 @@ import torch
 from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
-from trl import SFTConfig
 
 from laras.config import RunConfig
 from laras.data.store import tokens_digest
@@ -41,6 +40,7 @@ from laras.training.signals import StopRequest, stop_on_signals
 from laras.training.state import Counters, load_weights, publish_model, read_state, write_model
 from laras.training.trackers import Trackers, build_trackers
 from laras.training.trainer import LarasTrainer
+from laras.training.upstream import SFTConfig
 
 
 def run_training(
@@ -99,6 +99,9 @@ def run_training(
         counters = Counters.from_json(read_state(resume_from)["counters"])
     elif start is not None:
         load_weights(model, start[0])
+    if resume_from is None and config.backend not in ("auto", plan.choices.backend):
+        event = RunEvent(step=0, kind="backend_fallback", detail=plan.reasons["backend"])
+        counters.events.append(event.model_dump())
     revisions = Revisions(run_dir, plan, observer)
     revisions.apply(counters)
     with stop_on_signals(stop) as request:
@@ -152,7 +155,7 @@ class _Run:
         """The trainer of this run."""
         choices = self._plan.choices
         args = sft_config(self._config, self._plan, self._run_dir)
-        if path_of(model).fused is not None:  # which does without transformers' layers, and so without its checkpoints
+        if path_of(model).checkpoints_itself:
             args.gradient_checkpointing = False
         batches = TrainBatches(
             rows,

@@ -23,7 +23,6 @@ from transformers import PrinterCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerControl
 from transformers.trainer_utils import TrainOutput
-from trl import SFTTrainer
 
 from laras.errors import ConfigError, TrainingAborted
 from laras.evaluation.evaluator import evaluate_split
@@ -41,6 +40,8 @@ from laras.training.gradients import StepGradients
 from laras.training.rehearsal import rehearse
 from laras.training.signals import EvaluationStopped, StoppableProgress, StopRequest
 from laras.training.speed import Speed
+from laras.training.upstream import SFTTrainer
+from laras.training.validation import Validation
 
 
 class LarasTrainer(SFTTrainer):  # type: ignore[misc]
@@ -92,6 +93,9 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         for parameter, data in trained.items():  # upstream rounds the adapters of a quantised model to bf16
             parameter.data = data.to(parameter.device)
         keep_4bit_exact(self.model)
+        self._trained = list(trained)
+        if self.args.world_size > 1:  # gradients are summed here; DDP would hold room for them a second time
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.counters, self.batches, self.memory = counters, batches, memory
         self._checkpoints, self._observer = checkpoints, observer
         self._identity, self._stop, self._max_skipped_steps = identity, stop, max_skipped_steps
@@ -102,6 +106,11 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             self.model, make_step(self.model), batches, counters, device=self.args.device,
             rank=self.args.process_index, processes=self.args.world_size, scaler=self.accelerator.scaler,
             note=self.note,
+        )  # fmt: skip
+        self._validation = Validation(
+            self.model, counters, batch_rows=self.args.per_device_eval_batch_size,
+            pad_token_id=self.processing_class.pad_token_id, device=self.args.device, processes=self.args.world_size,
+            seed=self.args.seed, note=self.note,
         )  # fmt: skip
         self.speed = Speed()
         self.control: TrainerControl
@@ -135,23 +144,29 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             self.control = self.callback_handler.on_step_begin(self.args, self.state, self.control)
             started = time.monotonic()
             figures = self._gradients.compute(rows, bool(self._stop))
-            norm = self._gradient_norm(model)
+            norm = self._gradient_norm()
             if self.args.device.type == "cuda" and index + 1 < num_update_steps_per_epoch:
                 self._gradients.prepare(self.batches.step(epoch, index + 1))
-            loss, stop, grad_norm = torch.stack([*figures, norm.to(figures)]).tolist()  # waits for the device, once
+            # Waits for the device, once.
+            *values, grad_norm = torch.cat([figures, norm.to(figures)[None]]).tolist()
+            loss, stop = self._gradients.conclude(values)
             learned = self._accept(loss, grad_norm)
             self.control = self.callback_handler.on_pre_optimizer_step(self.args, self.state, self.control)
             self._optimizer_step(learned)
             learning_rate = self._get_learning_rate()
             if not self.accelerator.optimizer_step_was_skipped:
                 self.lr_scheduler.step()
-            model.zero_grad()
+            self._forget_gradients()
             self.state.global_step += 1
             self.state.epoch = epoch + (index + 1) / num_update_steps_per_epoch
             self.counters.tokens += rows.tokens
             self.speed.step_done(time.monotonic() - started, rows.tokens)
             self.control = self.callback_handler.on_step_end(self.args, self.state, self.control)
-            self._after_step(loss, grad_norm, learning_rate, stop > 0)
+            self._after_step(loss, grad_norm, learning_rate, stop)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Upstream's; one in 8 bits does not wait for the device after every parameter."""
+        return queue_steps(super().create_optimizer(model))
 
     def _begin_once(self) -> None:
         if self._begun:
@@ -169,10 +184,15 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             self.control.should_save = True  # the checkpoint of this step lacks the evaluation
             self._validate_and_save()
 
-    def _gradient_norm(self, model: nn.Module) -> Tensor:
+    def _gradient_norm(self) -> Tensor:
         limit = self.args.max_grad_norm if self.args.max_grad_norm > 0 else math.inf
-        norm: Tensor = self.accelerator.clip_grad_norm_(model.parameters(), limit)
+        norm: Tensor = self.accelerator.clip_grad_norm_(self._trained, limit)
         return norm
+
+    def _forget_gradients(self) -> None:
+        """Those of the trained parameters alone: a walk through all modules takes longer than the optimizer."""
+        for parameter in self._trained:
+            parameter.grad = None
 
     def _accept(self, loss: float, grad_norm: float) -> bool:
         """Whether the step may reach the weights; counts it either way.
@@ -204,8 +224,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
 
     def _optimizer_step(self, learned: bool) -> None:
         if not learned and self.accelerator.scaler is None:
-            for parameter in self.model.parameters():
-                parameter.grad = None  # an optimizer leaves a parameter without gradient alone
+            self._forget_gradients()  # an optimizer leaves a parameter without gradient alone
         self.optimizer.step()  # a gradient scaler skips bad steps itself, and has to see them
 
     def _after_step(self, loss: float, grad_norm: float, learning_rate: float, stop: bool) -> None:
@@ -260,7 +279,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> Any:
         """Exact loss, perplexity and token accuracy on the validation split."""
-        score = self._score(
+        score = self._validation.score(
             self.eval_dataset if eval_dataset is None else eval_dataset,
             StoppableProgress(self._observer, self._may_stop_evaluation),
         )
@@ -272,25 +291,6 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
-
-    def _score(self, rows: Any, observer: Observer) -> SplitScore:
-        while True:
-            batch_rows = max(1, self.args.per_device_eval_batch_size >> self.counters.eval_split_level)
-            try:
-                sums = evaluate_split(
-                    self.model, rows, batch_size=batch_rows, pad_token_id=self.processing_class.pad_token_id,
-                    device=self.args.device, observer=observer,
-                )  # fmt: skip
-                return score_of(sums, seed=self.args.seed)
-            except oom.DeviceOutOfMemory as error:
-                text = str(error).partition("\n")[0]
-            if batch_rows == 1:
-                split = TokenRows(rows)
-                longest = int(split.lengths.argmax())
-                raise oom.does_not_fit(int(split.sources[longest]), int(split.lengths[longest]), "validation of")
-            oom.free_caches()
-            self.counters.eval_split_level += 1
-            self.note("out_of_memory", f"evaluation batch {batch_rows} -> {batch_rows // 2} rows: {text}")
 
     def _may_stop_evaluation(self) -> None:
         if self._stop and self.args.world_size == 1 and self.is_in_train:  # several would wait for each other
@@ -337,7 +337,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         rehearsal = rehearse(
             self.model,
             self.args.device,
-            (lambda: self._gradients.rehearse(largest), lambda: self._score(sample, Observer())),
+            (lambda: self._gradients.rehearse(largest), lambda: self._validation.score(sample, Observer())),
             peak_bytes=self.memory.current_bytes,
             planned_bytes=self.memory.planned_bytes,
             later_bytes=0 if self._saved_random_states is not None else later_bytes,
