@@ -13,6 +13,7 @@ from laras.planning.architecture import model_spec_from_config
 from laras.planning.catalogue import find_gpu
 from laras.planning.memory import MemoryCase, estimate_memory, workspace_bytes
 from laras.planning.planner import plan_training
+from laras.planning.throughput import recorded_step_s
 from laras.records import PlanChoices
 
 H100 = find_gpu("h100").to_hardware()
@@ -50,7 +51,7 @@ def simulated(tmp_path, values, kind, **keys):
 
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["bf16", "nf4"])
-@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+@pytest.mark.parametrize("kind", ["none", "selective", "full", "offload"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_closed_form_is_the_simulated_peak(tmp_path, family, kind, nf4):
     values = {"model_type": family, **SIZES, **FAMILIES[family]}
@@ -64,24 +65,42 @@ def test_the_closed_form_is_the_simulated_peak(tmp_path, family, kind, nf4):
     assert closed.train_peak_allocated_bytes == pytest.approx(expected, rel=0.03)
 
 
-@pytest.mark.parametrize("family", ["qwen3", "phi3"])
-def test_a_short_trace_unrolled_is_the_whole_depth(tmp_path, monkeypatch, family):
+@pytest.mark.parametrize(("family", "kind"), [("qwen3", "full"), ("phi3", "full"), ("qwen3", "offload")])
+def test_a_short_trace_unrolled_is_the_whole_depth(tmp_path, monkeypatch, family, kind):
     values = {"model_type": family, **SIZES, **FAMILIES[family]}
-    short = simulated(tmp_path, values, "full", load_in_4bit=True)
+    short = simulated(tmp_path, values, kind, load_in_4bit=True)
     assert short.layers < LAYERS
     monkeypatch.setattr("laras.models.simulation.TRACED_LAYERS", 99)
-    whole = simulated(tmp_path, values, "full", load_in_4bit=True)
+    whole = simulated(tmp_path, values, kind, load_in_4bit=True)
     assert whole.layers == LAYERS
     assert short.unroll(LAYERS).peaks() == whole.unroll(LAYERS).peaks()
+    assert short.work(LAYERS) == whole.work(LAYERS)
 
 
 def test_kinds_hold_less_the_more_they_compute_again(tmp_path):
     values = {"model_type": "qwen3", **SIZES, **FAMILIES["qwen3"]}
     peaks = []
-    for kind in ("none", "selective", "full"):
+    for kind in ("none", "selective", "full", "offload"):
         whole = simulated(tmp_path, values, kind).unroll(LAYERS)
         peaks.append(replay(whole.until("evaluation")).peak_allocated_bytes)
-    assert peaks[0] > peaks[1] > peaks[2]
+    assert peaks[0] > peaks[1] > peaks[2] > peaks[3]
+    inputs = 2 * 1024 * 4 * 1024  # of a layer: bf16, hidden size, tokens
+    assert (LAYERS - 2) * inputs <= peaks[2] - peaks[3] <= (LAYERS - 1) * inputs
+
+
+def test_what_is_copied_is_the_input_of_every_layer_but_the_last_both_ways(tmp_path):
+    values = {"model_type": "qwen3", **SIZES, **FAMILIES["qwen3"]}
+    work = {kind: simulated(tmp_path, values, kind).work(LAYERS) for kind in ("full", "offload")}
+    copied = (LAYERS - 1) * 2 * 1024 * 4 * 1024
+    assert {kind: part.copied_bytes for kind, part in work["offload"].items() if part.copied_bytes} == {
+        "forward": copied,
+        "backward": copied,
+    }
+    assert not any(part.copied_bytes for part in work["full"].values())
+    both = [recorded_step_s(work[kind], H100, span_tokens=1024) for kind in ("full", "offload")]
+    assert both[0] < both[1] < 1.05 * both[0]
+    slow = H100.model_copy(update={"host_link_bytes_per_s": 1e9})
+    assert recorded_step_s(work["offload"], slow, span_tokens=1024) >= 2 * copied / 1e9
 
 
 @pytest.mark.parametrize(

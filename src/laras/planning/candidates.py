@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any, Literal
+from typing import Any
 
 from laras.config import RunConfig
 from laras.planning.architecture import FAMILIES
@@ -20,9 +20,8 @@ from laras.planning.memory import (
 )
 from laras.planning.throughput import estimate_step_s
 from laras.planning.workload import Workload
-from laras.records import HardwareSpec, LossKind, MemoryEstimate, ModelSpec, Optim, Precision
+from laras.records import CheckpointKind, HardwareSpec, LossKind, MemoryEstimate, ModelSpec, Optim, Precision
 
-CheckpointKind = Literal["none", "selective", "full"]
 # Architectures whose logits are one plain product, so that the loss can be computed in parts; those of
 # `laras.models.heads`, which a test compares.
 PLAIN_HEAD_TYPES = frozenset(
@@ -42,6 +41,8 @@ PACKABLE_TYPES = frozenset(
 LOSS_CHUNK_TOKENS = 1024
 _MOST_TOKENS = 2**22  # in a micro-batch of several rows: beyond it nothing gets faster on any device
 _VARLEN_CAPABILITY, _VARLEN_CHANNELS = (8, 0), 256
+# Of the main memory that is free, what inputs of layers may take: it cannot be swapped while the run lasts.
+_HOST_SHARE = 0.5
 _BIN_FILL = 0.98  # share of a packed bin's slots that hold tokens
 # Largest shares by which packing may change the tokens of an optimizer step: wanted, and at all.
 _EFFECTIVE_SLACKS = (0.05, 0.15)
@@ -89,12 +90,14 @@ def candidates(
     for packing in packing_options(config, spec, hardware, precision, work):
         for micro, accumulation in _batches(config, work, packing):
             for weights, optim, kind in product(
-                _weights(config, hardware, precision), _optims(config, hardware), _checkpoint_kinds(config, spec)
+                _weights(config, hardware, precision), _optims(config, hardware), _checkpoint_kinds(config, hardware)
             ):
                 case = _case(config, spec, hardware, precision, work, micro, accumulation, weights, optim, kind)
-                if kind == "selective" and not case.fused:
+                if kind in ("selective", "offload") and not case.fused:
                     continue
-                found.append(_evaluated(config, spec, hardware, work, case, accumulation, packing, budget))
+                one = _evaluated(config, spec, hardware, work, case, accumulation, packing, budget)
+                if one.memory.host_bytes <= host_budget_bytes(hardware):
+                    found.append(one)
     return sorted(found, key=Candidate.preference)
 
 
@@ -102,6 +105,12 @@ def device_budget_bytes(config: RunConfig, hardware: HardwareSpec) -> int:
     """What a run may reserve: the wanted share of the free memory, without the CUDA context."""
     free = hardware.total_bytes - hardware.other_processes_bytes
     return max(0, int(free * config.memory_budget_fraction) - context_bytes(hardware))
+
+
+def host_budget_bytes(hardware: HardwareSpec) -> float:
+    """What a run may pin of the main memory; infinite where the machine is not known."""
+    available = hardware.host_available_bytes
+    return float("inf") if available is None else _HOST_SHARE * available
 
 
 def packing_options(
@@ -328,10 +337,13 @@ def _optims(config: RunConfig, hardware: HardwareSpec) -> list[Optim]:
     return ["adamw_torch_fused"]
 
 
-def _checkpoint_kinds(config: RunConfig, spec: ModelSpec) -> list[CheckpointKind]:
+def _checkpoint_kinds(config: RunConfig, hardware: HardwareSpec) -> list[CheckpointKind]:
+    again: list[CheckpointKind] = ["selective", "full"]
+    if hardware.kind == "cuda":  # a CPU has no other memory to put anything into
+        again.append("offload")
     if config.gradient_checkpointing == "auto":
-        return ["none", "selective", "full"]
-    return ["selective", "full"] if config.gradient_checkpointing else ["none"]
+        return ["none", *again]
+    return again if config.gradient_checkpointing else ["none"]
 
 
 def has_bitsandbytes() -> bool:

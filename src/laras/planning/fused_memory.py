@@ -12,7 +12,7 @@ from laras.records import ModelSpec
 if TYPE_CHECKING:
     from laras.planning.memory import MemoryCase
 
-__all__ = ["FUSED_TYPES", "fused_peak", "fused_static_bytes"]
+__all__ = ["FUSED_TYPES", "fused_peak", "fused_static_bytes", "offloaded_bytes"]
 _LSE_BYTES = 4
 
 
@@ -65,6 +65,14 @@ def fused_static_bytes(spec: ModelSpec, case: MemoryCase, element: int) -> int:
     return element * spec.layers * beside
 
 
+def offloaded_bytes(spec: ModelSpec, tokens: int, element: int) -> int:
+    """Main memory for the inputs of all layers but the last, each in a power of two.
+
+    Source: `laras.models.fused.offload`; c10's allocator of pinned memory rounds so.
+    """
+    return (spec.layers - 1) * element * (1 << (tokens * spec.hidden_size - 1).bit_length())
+
+
 def fused_peak(
     spec: ModelSpec, case: MemoryCase, layers: Sequence[tuple[str, int, int]], element: int
 ) -> tuple[int, int, str]:
@@ -79,6 +87,9 @@ def fused_peak(
     s, form = _sizes(spec, case.lora_r), LAYER_FORMS[spec.model_type]
     tokens = case.micro_batch * case.length_tokens
     kind = (case.checkpoint_kind if case.checkpoint_kind != "none" else "full") if case.checkpointing else "none"
+    offloads, held = kind == "offload", spec.layers
+    if offloads:  # on the device there is the input of a layer, and that of the one before, on its way
+        kind, held = "full", min(2, spec.layers)
     chunk = tokens if kind == "none" else min(tokens, case.mlp_chunk_tokens)
     qkv = element * (s.qkv + s.rank_qkv)
     out = element * (s.query + s.rank_o) + _LSE_BYTES * spec.attention_heads
@@ -86,9 +97,9 @@ def fused_peak(
     feed = element * (2 * s.width + 2 * s.rank_gate_up + s.rank_down)
     attended = qkv + out + middle
     per_token = element * s.hidden + {"none": attended + feed, "selective": attended, "full": 0}[kind]
-    kept = spec.layers * per_token * tokens
+    kept = held * per_token * tokens
     loss_chunk = min(tokens, case.loss_chunk_tokens or tokens)
-    head = element * (4 * s.hidden * tokens + loss_chunk * spec.vocab_size)
+    head = element * ((3 if offloads else 4) * s.hidden * tokens + loss_chunk * spec.vocab_size)
 
     # Backward of the last layer, in its feed-forward part and in attention, beside what was kept.
     gradient = element * (s.hidden + max(s.rank_o, s.rank_down)) * tokens
@@ -111,5 +122,7 @@ def fused_peak(
         feed_part += unpacked["gate_up"] + unpacked["down"] + (unpacked["o"] if kind == "full" else 0)
         attention_part += unpacked["qkv"] + unpacked["o"]
     gradients = sum(inputs + outputs for _, inputs, outputs in layers) * case.lora_r * 4
+    if offloads and not case.keeps_gradients:  # no inputs go while gradients come: the peak is in the second layer
+        gradients *= max(1, spec.layers - 1)
     backward = gradient + max(feed_part, attention_part) + gradients
     return (kept, head, "logits") if head > backward else (kept, backward, "layer_backward")

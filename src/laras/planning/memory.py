@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from laras.planning.architecture import family_of
-from laras.planning.fused_memory import fused_peak, fused_static_bytes
-from laras.records import HardwareSpec, LossKind, MemoryEstimate, ModelSpec, Optim, Precision
+from laras.planning.fused_memory import fused_peak, fused_static_bytes, offloaded_bytes
+from laras.records import CheckpointKind, HardwareSpec, LossKind, MemoryEstimate, ModelSpec, Optim, Precision
 
 Weights = Literal["bf16", "fp16", "fp32", "nf4", "int8"]
 Adapters = Literal["compute", "fp32", "fp32-autocast"]
@@ -79,7 +79,7 @@ class MemoryCase:
     target_modules: tuple[str, ...] = ()
     keeps_gradients: bool = False
     fused: bool = False
-    checkpoint_kind: Literal["none", "selective", "full"] = "none"
+    checkpoint_kind: CheckpointKind = "none"
     mlp_chunk_tokens: int = 4096
     loss_chunk_tokens: int = 0
 
@@ -151,6 +151,8 @@ def estimate_memory(spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, b
         evaluation += int(_CPU_HEAP * evaluation)
     peak = sum(components.values())
     eval_peak = evaluation + workspace
+    offloads = case.fused and case.checkpointing and case.checkpoint_kind == "offload"
+    tokens = case.micro_batch * case.length_tokens
     return MemoryEstimate(
         train_peak_allocated_bytes=peak,
         train_peak_reserved_bytes=int(peak * _ALLOCATOR_SLACK),
@@ -159,6 +161,7 @@ def estimate_memory(spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, b
         components=components,
         peak_moment="loss" if moment == "logits" else "backward of the last layer",
         method="closed-form",
+        host_bytes=offloaded_bytes(spec, tokens, _ELEMENT_BYTES[case.precision]) if offloads else 0,
     )
 
 

@@ -167,7 +167,8 @@ def _simulated(
         accumulation=one.accumulation,
     )
     useful = bin_fill(work) * case.length_tokens if one.packing else work.mean_tokens
-    return replace(one, memory=step.memory, fits=step.fits, tokens_per_s=useful * case.micro_batch / step_s)
+    memory = step.memory.model_copy(update={"host_bytes": one.memory.host_bytes})
+    return replace(one, memory=memory, fits=step.fits, tokens_per_s=useful * case.micro_batch / step_s)
 
 
 def resolved_choices(config: RunConfig, spec: ModelSpec, best: Candidate, eval_steps: int) -> PlanChoices:

@@ -94,6 +94,7 @@ class _LayerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, layer: FusedLayer, documents: Documents, *adapters: Tensor) -> Tensor:
         kept = layer.checkpoint_kind
+        ctx.hidden = hidden_TD if layer.inputs is None else layer.inputs.store(layer.number, hidden_TD)
         attended: _Attended | None = _attend(layer, hidden_TD, documents)
         layer.qkv.unload()
         layer.o.unload()
@@ -113,9 +114,9 @@ class _LayerFunction(torch.autograd.Function):
         layer.gate_up.unload()
         layer.down.unload()
         del middle
-        ctx.layer, ctx.documents, ctx.hidden = layer, documents, hidden_TD
         if layer.inputs is not None:
-            ctx.hidden = layer.inputs.store(layer.number, hidden_TD)
+            layer.inputs.let_go()
+        ctx.layer, ctx.documents = layer, documents
         ctx.attended = attended if kept != "full" else None
         ctx.feed = feed
         return out

@@ -2,8 +2,8 @@
 
 A layer that keeps its input alone keeps T x D elements; over a PCIe bus their copy takes a fraction of the time in
 which the layer computes, so that on the device only the inputs of two layers exist. Copies run on a stream of their
-own: an input leaves while the next layer runs, and comes back while the layer above runs backward. What comes back is
-what left, bit for bit.
+own: an input leaves while its layer runs forward, and comes back while the layer above runs backward. What comes back
+is what left, bit for bit.
 """
 
 from __future__ import annotations
@@ -60,18 +60,21 @@ class HostInputs:
         self._keeps = keeps
         self._leaving += self._coming.values()  # of a step that ended early: memory that a copy may still write to
         self._coming.clear()
-        self._let_go()
+        self.let_go()
 
     def store(self, number: int, hidden_TD: Tensor) -> Tensor | Ticket:
-        """Takes a layer's input; what is returned is for `load`."""
-        if not self._keeps:
+        """Takes a layer's input before the layer runs; what is returned is for `load`."""
+        if not self._keeps or number == self.layers - 1:
             return hidden_TD
-        self._let_go()
-        if number == self.layers - 1:
-            return hidden_TD
-        event = self._copy(hidden_TD, number, leaves=True)
-        self._leaving.append((hidden_TD, event))  # its memory is not free before the copy has read it
+        self._leaving.append((hidden_TD, self._copy(hidden_TD, number, leaves=True)))
         return Ticket(number, self._step, hidden_TD.shape)
+
+    def let_go(self) -> None:
+        """Gives an input back after its layer has run: what takes its memory waits until the copy has read it."""
+        for _, event in self._leaving:
+            if event is not None:
+                torch.cuda.current_stream().wait_event(event)
+        self._leaving.clear()
 
     def load(self, kept: Tensor | Ticket, like: Tensor) -> Tensor:
         """The input that `store` took, on the device of `like`, a tensor of its type.
@@ -132,13 +135,6 @@ class HostInputs:
                 reason = str(error).strip().partition("\n")[0]
                 self.observer.warning(f"main memory is not pinned, and steps that copy to it run slower: {reason:.200}")
         return torch.empty(size, dtype=like.dtype)
-
-    def _let_go(self) -> None:
-        """Gives inputs back whose copy is queued; what takes their memory waits for it."""
-        for _, event in self._leaving:
-            if event is not None:
-                torch.cuda.current_stream().wait_event(event)
-        self._leaving.clear()
 
     def _side(self) -> torch.cuda.Stream:
         """The stream of the copies, behind everything that is queued now."""
