@@ -5,7 +5,7 @@ import pytest
 
 from laras.errors import ConfigError
 from laras.planning.catalogue import CATALOGUE, find_gpu, match_device_name
-from laras.planning.hardware import cpu_hardware, load_hardware
+from laras.planning.hardware import _host_available_bytes, cpu_hardware, load_hardware
 
 
 def test_the_catalogue_holds_at_least_25_distinct_cards():
@@ -58,6 +58,29 @@ def test_the_cpu_leaves_out_memory_that_is_taken():
     assert spec.total_bytes == psutil.virtual_memory().total
     assert 0 < spec.other_processes_bytes < spec.total_bytes
     assert spec.compute_capability is None
+
+
+def test_the_way_to_main_memory_is_that_of_the_generation_and_the_lanes():
+    links = {name: find_gpu(name).to_hardware().host_link_bytes_per_s / 1e9 for name in ("t4", "l4", "h100")}
+    assert links == pytest.approx({"t4": 12.6, "l4": 25.2, "h100": 50.4}, rel=0.01)
+    narrow = find_gpu("rtx 4060").to_hardware().host_link_bytes_per_s
+    assert narrow == pytest.approx(find_gpu("t4").to_hardware().host_link_bytes_per_s, rel=0.01)
+    assert find_gpu("h100").to_hardware().host_available_bytes is None
+
+
+def test_main_memory_is_what_a_container_leaves_to_each_process(tmp_path, monkeypatch):
+    free = psutil.virtual_memory().available
+    assert _host_available_bytes(tmp_path) == pytest.approx(free, rel=0.5)
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("3000000\n")
+    (tmp_path / "memory.stat").write_text("anon 2000000\ninactive_file 500000\n")
+    assert _host_available_bytes(tmp_path) == pytest.approx(free, rel=0.5)
+    (tmp_path / "memory.max").write_text("4000000\n")
+    assert _host_available_bytes(tmp_path) == 1_500_000
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert _host_available_bytes(tmp_path) == 750_000
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert _host_available_bytes(tmp_path) == 0
 
 
 def test_the_local_device_is_used_when_none_is_named():

@@ -1,7 +1,7 @@
 """GPUs that a plan can be made for without owning one.
 
-Figures are those of the vendor's documents: nominal memory, memory bandwidth, and dense peak rates (no sparsity; tensor
-cores with fp32 accumulation for half precision, plain fp32 otherwise).
+Figures are those of the vendor's documents: nominal memory, memory bandwidth, dense peak rates (no sparsity; tensor
+cores with fp32 accumulation for half precision, plain fp32 otherwise), and lanes of PCI Express.
 """
 
 from __future__ import annotations
@@ -17,6 +17,9 @@ _GIB = 2**30
 # What a program sees of the nominal memory: the driver keeps a part, and ECC on GDDR memory another sixteenth.
 _VISIBLE, _VISIBLE_WITH_ECC = 0.98, 0.915
 NATIVE_BF16_SINCE = (8, 0)
+# A lane of PCI Express, 1e9 bytes a second one way, by generation; large copies from pinned memory are taken to reach
+# this share of it, which was not measured. Source: the rates of the standard, 8, 16 and 32 GT/s in 128 of 130 bits.
+_LANE_GB_PER_S, _LINK_SHARE = {3: 0.985, 4: 1.969, 5: 3.938}, 0.8
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,7 @@ class Gpu:
         compute_capability: Major, minor.
         source: The document that the figures come from.
         ecc_in_memory: Error correction takes a part of the memory.
+        lanes: Of PCI Express.
     """
 
     name: str
@@ -42,6 +46,7 @@ class Gpu:
     compute_capability: tuple[int, int]
     source: str
     ecc_in_memory: bool = False
+    lanes: int = 16
 
     @property
     def total_bytes(self) -> int:
@@ -52,6 +57,11 @@ class Gpu:
     def native_bf16(self) -> bool:
         """Whether the card multiplies bf16 at the rate of fp16."""
         return self.compute_capability >= NATIVE_BF16_SINCE
+
+    @property
+    def pcie_generation(self) -> int:
+        """Third up to Turing, fourth with Ampere and Ada, fifth from Hopper on, as the documents of these say."""
+        return 3 if self.compute_capability < (8, 0) else 4 if self.compute_capability < (9, 0) else 5
 
     def to_hardware(self) -> HardwareSpec:
         """The card as a device to plan for, with nothing else running on it."""
@@ -67,6 +77,7 @@ class Gpu:
             bandwidth_bytes_per_s=self.bandwidth_gb_per_s * 1e9,
             peak_flops={"bf16": half if self.native_bf16 else single, "fp16": half, "fp32": single},
             source=self.source,
+            host_link_bytes_per_s=host_link_bytes_per_s(self.pcie_generation, self.lanes),
         )
 
 
@@ -93,8 +104,8 @@ CATALOGUE: tuple[Gpu, ...] = (
     Gpu("L4", 24, 300, 121, 30.3, (8, 9), "NVIDIA L4 datasheet", ecc_in_memory=True),
     Gpu("L40S", 48, 864, 362, 91.6, (8, 9), "NVIDIA L40S datasheet", ecc_in_memory=True),
     Gpu("RTX 6000 Ada", 48, 960, 364.2, 91.1, (8, 9), "NVIDIA RTX 6000 Ada datasheet"),
-    Gpu("RTX 4060", 8, 272, 30.2, 15.1, (8, 9), "NVIDIA Ada architecture whitepaper and page"),
-    Gpu("RTX 4060 Ti 16GB", 16, 288, 44.1, 22.1, (8, 9), "NVIDIA Ada architecture whitepaper and page"),
+    Gpu("RTX 4060", 8, 272, 30.2, 15.1, (8, 9), "NVIDIA Ada architecture whitepaper and page", lanes=8),
+    Gpu("RTX 4060 Ti 16GB", 16, 288, 44.1, 22.1, (8, 9), "NVIDIA Ada architecture whitepaper and page", lanes=8),
     Gpu("RTX 4070", 12, 504, 58.3, 29.1, (8, 9), "NVIDIA Ada architecture whitepaper"),
     Gpu("RTX 4070 Ti", 12, 504, 80.2, 40.1, (8, 9), "NVIDIA Ada architecture whitepaper"),
     Gpu("RTX 4080", 16, 717, 97.5, 48.7, (8, 9), "NVIDIA Ada architecture whitepaper"),
@@ -112,6 +123,7 @@ CATALOGUE: tuple[Gpu, ...] = (
         23.7,
         (12, 0),
         "NVIDIA RTX Blackwell architecture whitepaper and product page",
+        lanes=8,
     ),
     Gpu("RTX 5070", 12, 672, 61.7, 30.9, (12, 0), "NVIDIA RTX Blackwell architecture whitepaper"),
     Gpu("RTX 5070 Ti", 16, 896, 87.9, 43.9, (12, 0), "NVIDIA RTX Blackwell architecture whitepaper"),
@@ -119,6 +131,12 @@ CATALOGUE: tuple[Gpu, ...] = (
     Gpu("RTX 5090", 32, 1792, 209.5, 104.8, (12, 0), "NVIDIA RTX Blackwell architecture whitepaper"),
     Gpu("RTX PRO 6000 Blackwell", 96, 1792, 503.8, 125, (12, 0), "NVIDIA RTX PRO 6000 Blackwell datasheet"),
 )
+
+
+def host_link_bytes_per_s(generation: int, lanes: int) -> float:
+    """Of large copies between main memory and a card, one way."""
+    newest = max(one for one in _LANE_GB_PER_S if one <= max(generation, 3))
+    return _LINK_SHARE * 1e9 * _LANE_GB_PER_S[newest] * lanes
 
 
 def find_gpu(name: str) -> Gpu:

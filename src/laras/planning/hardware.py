@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
-from laras.planning.catalogue import NATIVE_BF16_SINCE, find_gpu, match_device_name
+from laras.planning.catalogue import NATIVE_BF16_SINCE, Gpu, find_gpu, host_link_bytes_per_s, match_device_name
 from laras.records import HardwareSpec
 
 # Rates of a CPU differ by an order of magnitude; this is what two AVX-512 cores reached each in the built-in example
@@ -16,6 +18,7 @@ _CPU_BANDWIDTH_BYTES_PER_S = 20e9
 # For a local GPU that the catalogue lacks: fp32 rate of one multiprocessor, 128 lanes x 2 operations x 1.5 GHz.
 _UNKNOWN_SM_FLOPS = 3.8e11
 _UNKNOWN_BANDWIDTH_BYTES_PER_S = 300e9
+_UNKNOWN_LINK_BYTES_PER_S = 12e9  # PCI Express of the third generation, 16 lanes
 
 
 def load_hardware(gpu: str | None = None) -> HardwareSpec:
@@ -108,7 +111,47 @@ def _local_gpu() -> HardwareSpec | None:
         bandwidth_bytes_per_s=bandwidth,
         peak_flops=rates,
         source="local",
+        host_link_bytes_per_s=_host_link_bytes_per_s(str(properties.uuid), known),
+        host_available_bytes=_host_available_bytes(),
     )
+
+
+def _host_link_bytes_per_s(uuid: str, known: Gpu | None) -> float:
+    """Of copies to main memory: what the card and the slot that it is in can do, by NVML, at most what the card can.
+
+    Its best generation is asked for: a card that has nothing to do goes down to a lower one.
+    """
+    limit = _UNKNOWN_LINK_BYTES_PER_S if known is None else host_link_bytes_per_s(known.pcie_generation, known.lanes)
+    nvml: Any = import_module("pynvml")
+    with suppress(nvml.NVMLError):
+        nvml.nvmlInit()
+        try:
+            handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+            generation, lanes = (
+                nvml.nvmlDeviceGetMaxPcieLinkGeneration(handle),
+                nvml.nvmlDeviceGetMaxPcieLinkWidth(handle),
+            )
+            if generation and lanes:
+                return min(limit, host_link_bytes_per_s(generation, lanes))
+        finally:
+            nvml.nvmlShutdown()
+    return min(limit, _UNKNOWN_LINK_BYTES_PER_S)
+
+
+def _host_available_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """Main memory for each process of this machine: what is free, or what a container still allows.
+
+    Args:
+        folder: Where the kernel tells the limits of a container.
+    """
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError, KeyError):  # no container, or one without a limit
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        kept = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        available = min(available, limit - used + int(kept["inactive_file"]))
+    return max(0, available) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _other_processes_bytes(uuid: str) -> int:
@@ -116,8 +159,6 @@ def _other_processes_bytes(uuid: str) -> int:
 
     Asked by UUID, since CUDA_VISIBLE_DEVICES renumbers the devices for torch and not for NVML.
     """
-    import os
-
     nvml: Any = import_module("pynvml")
     with suppress(nvml.NVMLError):
         nvml.nvmlInit()
