@@ -82,3 +82,17 @@ def test_states_that_come_after_the_first_step_keep_its_segments():
     live = [event for event in real.events if event > 0]
     freed = {-event for event in real.events if event < 0}
     assert [size for number, size in enumerate(live, 1) if number not in freed] == [weights, state]
+
+
+def test_a_rehearsal_comes_before_the_first_step_and_leaves_no_segment():
+    weights, state, activation = 30 * MIB, 12 * MIB, 50 * MIB
+    events = (weights, state, activation, -3, 8 * MIB, -4, 40 * MIB, -5)
+    marks = ((0, "weights"), (1, "states"), (2, "batch"), (4, "end"), (5, "optimizer"), (6, "evaluation"))
+    before = Unrolled(events, marks)
+    real = before.in_training(1, rehearsed=True)
+    # weights | activation | evaluation | the step, with states at its end | evaluation
+    assert real.events[: real.starts[0]] == (weights, activation, -2, 40 * MIB, -3)
+    assert real.events[real.starts[0] :] == (activation, -4, 8 * MIB, state, -5, 40 * MIB, -7)
+    assert real.until("evaluation") == real.events[:-2]
+    rehearsed = replay(real.until("evaluation"), released_at=real.starts[0])
+    assert rehearsed == replay(before.in_training(1).until("evaluation"), released_at=1)

@@ -7,8 +7,10 @@ import pytest
 from laras.config import RunConfig
 from laras.errors import ConfigError
 from laras.planning.architecture import model_spec_from_config
+from laras.planning.candidates import device_budget_bytes
 from laras.planning.catalogue import find_gpu
 from laras.planning.hardware import cpu_hardware
+from laras.planning.memory import context_bytes
 from laras.planning.planner import _eval_steps, _time, plan_training
 from laras.planning.trace import Segment, StepTrace
 from laras.planning.work import Work
@@ -93,7 +95,7 @@ def test_packing_keeps_the_tokens_of_an_optimizer_step():
 
 
 def test_full_fine_tuning_pages_its_states_only_when_exact_ones_do_not_fit():
-    small, large = spec_of(1024, 8), spec_of(4096, 32)
+    small, large = spec_of(1024, 8), spec_of(5120, 40)
     assert plan("h100", spec=small, finetuning_type="full").choices.optim == "adamw_torch_fused"
     paged = plan("h100", spec=large, finetuning_type="full")
     assert paged.choices.optim == "paged_adamw_8bit"
@@ -109,6 +111,24 @@ def test_a_model_that_cannot_be_simulated_is_planned_by_the_closed_form_with_a_m
     assert result.memory.method == "closed-form"
     assert "cannot be simulated" in result.warnings[0]
     assert result.memory.train_peak_reserved_bytes <= 0.9 * result.memory.device_budget_bytes
+
+
+def test_what_a_plan_leaves_free_is_a_share_and_more_where_others_are():
+    def left(card, **keys):
+        free = card.total_bytes - card.other_processes_bytes - context_bytes(card)
+        return free - device_budget_bytes(RunConfig(**keys), card)
+
+    card, mib = find_gpu("h100").to_hardware(), 2**20
+    assert left(card) == pytest.approx(0.02 * card.total_bytes, abs=1)
+    small = card.model_copy(update={"total_bytes": 8 * 2**30})
+    assert left(small) == 256 * mib
+    shared = small.model_copy(update={"other_processes_bytes": 400 * mib})
+    assert left(shared) == (256 + 100) * mib
+    assert left(card.model_copy(update={"count": 2})) == pytest.approx(0.05 * card.total_bytes, abs=1)
+    assert left(card, memory_budget_fraction=0.5) == pytest.approx(0.5 * card.total_bytes, abs=1)
+    machine = cpu_hardware()
+    available = machine.total_bytes - machine.other_processes_bytes
+    assert left(machine) == pytest.approx(0.1 * available, abs=1)
 
 
 def test_a_cpu_trains_in_fp32_without_packing_or_4bit():

@@ -42,12 +42,17 @@ LOSS_CHUNK_TOKENS = 1024
 _MOST_TOKENS = 2**22  # in a micro-batch of several rows: beyond it nothing gets faster on any device
 _VARLEN_CAPABILITY, _VARLEN_CHANNELS = (8, 0), 256
 # Of the main memory that is free, what inputs of layers may take: it cannot be swapped while the run lasts.
-_HOST_SHARE = 0.5
+HOST_SHARE = 0.5
 _BIN_FILL = 0.98  # share of a packed bin's slots that hold tokens
 # Largest shares by which packing may change the tokens of an optimizer step: wanted, and at all.
 _EFFECTIVE_SLACKS = (0.05, 0.15)
 _EVAL_BATCHES = (16, 8, 4, 2, 1)
 _RANKS = ((0.75e9, 8), (4e9, 16), (float("inf"), 32))
+# Of the free memory, where nothing is said: what a plan may use of a GPU, of one of several (buffers of NCCL are not
+# counted), and of main memory, where predictions are up to 14% too low. On a GPU what is left is for errors of the
+# prediction (docs/concepts/memory.md) and for others: so much in any case, and a share of what others hold now.
+_GPU_SHARE, _SEVERAL_SHARE, _CPU_SHARE = 0.98, 0.95, 0.9
+_LEAST_FREE_BYTES, _OTHERS_GROW = 256 * 2**20, 0.25
 
 
 @dataclass(frozen=True)
@@ -103,14 +108,21 @@ def candidates(
 
 def device_budget_bytes(config: RunConfig, hardware: HardwareSpec) -> int:
     """What a run may reserve: the wanted share of the free memory, without the CUDA context."""
-    free = hardware.total_bytes - hardware.other_processes_bytes
-    return max(0, int(free * config.memory_budget_fraction) - context_bytes(hardware))
+    free, others = hardware.total_bytes - hardware.other_processes_bytes, hardware.other_processes_bytes
+    if config.memory_budget_fraction != "auto":
+        usable = free * config.memory_budget_fraction
+    elif hardware.kind == "cpu":
+        usable = free * _CPU_SHARE
+    else:
+        share = _GPU_SHARE if hardware.count == 1 else _SEVERAL_SHARE
+        usable = min(share * free, free - _LEAST_FREE_BYTES) - _OTHERS_GROW * others
+    return max(0, int(usable) - context_bytes(hardware))
 
 
 def host_budget_bytes(hardware: HardwareSpec) -> float:
     """What a run may pin of the main memory; infinite where the machine is not known."""
     available = hardware.host_available_bytes
-    return float("inf") if available is None else _HOST_SHARE * available
+    return float("inf") if available is None else HOST_SHARE * available
 
 
 def packing_options(

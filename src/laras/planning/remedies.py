@@ -7,11 +7,11 @@ from typing import Any
 
 from laras.config import RunConfig
 from laras.errors import LarasError
-from laras.planning.candidates import candidates, has_bitsandbytes
+from laras.planning.candidates import HOST_SHARE, candidates, has_bitsandbytes
 from laras.planning.catalogue import CATALOGUE
 from laras.planning.precision import choose_precision
 from laras.planning.workload import workload
-from laras.records import DatasetProfile, HardwareSpec, ModelSpec, SplitManifest
+from laras.records import DatasetProfile, HardwareSpec, MemoryEstimate, ModelSpec, SplitManifest
 
 _SHORTEST_TOKENS = 128
 # Cards that many people can rent or own, by rising memory; others of the catalogue are as good.
@@ -31,18 +31,28 @@ def find_remedies(
     """Single changes after which something fits, in the order of what they cost; then a card that is large enough."""
     found: list[str] = []
 
-    def fits(changed: RunConfig, device: HardwareSpec) -> bool:
+    def fitting(changed: RunConfig, device: HardwareSpec) -> list[MemoryEstimate]:
         try:
             precision, _ = choose_precision(changed.precision, device.kind, device.compute_capability)
         except LarasError:
-            return False
+            return []
         work = workload(changed, profile, manifest, spec)
-        return any(
-            max(one.memory.train_peak_reserved_bytes, one.memory.eval_peak_allocated_bytes)
-            <= (1 - _MARGIN) * one.memory.device_budget_bytes
-            for one in candidates(changed, spec, device, precision, work)
-        )
+        memory = [one.memory for one in candidates(changed, spec, device, precision, work)]
+        return [
+            one
+            for one in memory
+            if max(one.train_peak_reserved_bytes, one.eval_peak_allocated_bytes)
+            <= (1 - _MARGIN) * one.device_budget_bytes
+        ]
 
+    def fits(changed: RunConfig, device: HardwareSpec) -> bool:
+        return bool(fitting(changed, device))
+
+    # Inputs of layers would fit there; how much of it may be taken is a limit, not how much there is.
+    free = hardware.host_available_bytes
+    if free is not None and (roomy := fitting(config, hardware.model_copy(update={"host_available_bytes": None}))):
+        needed = min(one.host_bytes for one in roomy) / HOST_SHARE
+        found.append(f"{needed / _GIB:.1f} GiB of free main memory, where {free / _GIB:.1f} GiB are, fits")
     for text, changes in _changes(config, hardware):
         if fits(config.model_copy(update=changes), hardware):
             found.append(f"{text} fits")
@@ -76,5 +86,5 @@ def _changes(config: RunConfig, hardware: HardwareSpec) -> Iterator[tuple[str, d
         yield "finetuning_type: lora", {"finetuning_type": "lora", "optim": "auto"}
     if cuda and config.finetuning_type == "full" and config.optim not in ("auto", "paged_adamw_8bit"):
         yield "optim: paged_adamw_8bit", {"optim": "paged_adamw_8bit"}
-    if config.memory_budget_fraction < 0.95:
-        yield "memory_budget_fraction: 0.97", {"memory_budget_fraction": 0.97}
+    if config.memory_budget_fraction != "auto" and config.memory_budget_fraction < 0.95:
+        yield "memory_budget_fraction: auto", {"memory_budget_fraction": "auto"}

@@ -60,17 +60,18 @@ def simulated_step(
     trace = _cached(simulate, config, choices, spec, hardware, documents)
     whole = trace.unroll(spec.layers)
     peaks = whole.peaks()
-    training = whole.in_training()
+    # As a run goes: a rehearsal, after which unused segments are returned, steps, and an evaluation.
+    training = whole.in_training(rehearsed=True)
     workspace = workspace_bytes(hardware)
     train = {kind: peaks.get(kind, 0) for kind in _TRAINING}
     moment = max(train, key=lambda kind: train[kind])
     weights, states = peaks.get("weights", 0), peaks.get("states", 0)
     capacity = max(1, budget_bytes - workspace)
-    evaluation_at = len(training.until("evaluation"))
-    result = replay(training.events, capacity, first=evaluation_at)
+    released_at, evaluation_at = training.starts[0], len(training.until("evaluation"))
+    result = replay(training.events, capacity, released_at=released_at, first=evaluation_at)
     fits = result.fits
     if not fits:
-        result = replay(training.events, first=evaluation_at)
+        result = replay(training.events, released_at=released_at, first=evaluation_at)
     peak = result.allocated_at_first_bytes + workspace
     static = max(weights, states)
     components = {
@@ -97,8 +98,8 @@ def simulated_step(
 def summary_of(trace: StepTrace, layers: int) -> dict[str, int]:
     """A step in a few numbers: peaks in bytes, without workspaces, and what the device and the host have to do."""
     whole = trace.unroll(layers)
-    training = whole.in_training()
-    result = replay(training.events, first=len(training.until("evaluation")))
+    training = whole.in_training(rehearsed=True)
+    result = replay(training.events, released_at=training.starts[0], first=len(training.until("evaluation")))
     steps = [part for kind, part in trace.work(layers).items() if kind != "evaluation"]
     products = [product for part in steps for product in part.products]
     return {

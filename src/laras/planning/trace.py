@@ -57,17 +57,21 @@ class Unrolled:
     starts: tuple[int, ...] = ()
 
     def until(self, kind: str) -> tuple[int, ...]:
-        """The events before the first segment of a kind; all where there is none."""
-        end = next((start for start, name in self.marks if name == kind), len(self.events))
+        """The events before the last stretch of a kind; all where there is none."""
+        end = next((start for start, name in reversed(self.marks) if name == kind), len(self.events))
         return self.events[:end]
 
-    def in_training(self, steps: int = 2) -> Unrolled:
+    def in_training(self, steps: int = 2, *, rehearsed: bool = False) -> Unrolled:
         """The same in the order of a real run: optimizer states appear at the end of the first step.
 
         They then lie in the gaps that its activations left, and keep those segments from being returned: what a
         process reserves depends on it.
+
+        Args:
+            steps: So many of them.
+            rehearsed: A micro-batch and an evaluation batch come before the first.
         """
-        return _TrainingOrder(self).run(steps)
+        return _TrainingOrder(self).run(steps, rehearsed=rehearsed)
 
     def peaks(self) -> dict[str, int]:
         """Peak of allocated bytes in every kind of segment."""
@@ -257,13 +261,18 @@ class _TrainingOrder:
         self._marks: list[tuple[int, str]] = []
         self._allocations = 0
 
-    def run(self, steps: int) -> Unrolled:
+    def run(self, steps: int, *, rehearsed: bool) -> Unrolled:
         states, first, evaluation = (self._start(kind) for kind in ("states", "batch", "evaluation"))
         states = min(states, first)
         update = min(self._start("optimizer"), self._start("release"), evaluation)
         self._copy(0, states)
         before = set(self._copies)
         starts = []
+        if rehearsed:
+            self._copy(first, min(self._start("end"), update))
+            self._give_back_all_but(before)
+            self._copy(evaluation, len(self._whole.events))
+            self._give_back_all_but(before)
         for number in range(steps):
             starts.append(len(self._events))
             self._copy(first, update)
@@ -271,10 +280,13 @@ class _TrainingOrder:
                 self._copy(states, first)
                 before |= set(self._copies) & set(self._numbers[states:first])
             self._copy(update, evaluation)
-            for left in [one for one in self._copies if one not in before]:
-                self._events.append(-self._copies.pop(left))
+            self._give_back_all_but(before)
         self._copy(evaluation, len(self._whole.events))
         return Unrolled(tuple(self._events), tuple(self._marks), tuple(starts))
+
+    def _give_back_all_but(self, kept: set[int]) -> None:
+        for left in [one for one in self._copies if one not in kept]:
+            self._events.append(-self._copies.pop(left))
 
     def _start(self, kind: str) -> int:
         return next((start for start, name in self._whole.marks if name == kind), len(self._whole.events))
