@@ -55,6 +55,10 @@ class LarasError(Exception):
         self.hint = hint
         self.problems = tuple(problems)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Whole, so that one process of several can tell the others what it raises."""
+        return _restored, (type(self), self.args, self.__dict__)
+
     def __str__(self) -> str:
         lines = [_printable(self.message)]
         lines += [f"  - {_printable(problem)}" for problem in self.problems[:SHOWN_PROBLEMS]]
@@ -63,6 +67,13 @@ class LarasError(Exception):
         if self.hint:
             lines.append(f"hint: {_printable(self.hint)}")
         return "\n".join(lines)
+
+
+def _restored(kind: type[LarasError], arguments: tuple[Any, ...], values: dict[str, Any]) -> LarasError:
+    error = kind.__new__(kind)
+    error.args = arguments
+    error.__dict__.update(values)
+    return error
 
 
 def _printable(text: str) -> str:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any, TypeVar
 
 from laras.errors import LarasError
 
 _T = TypeVar("_T")
+_WAIT = timedelta(days=1)  # while rank 0 reads and tokenises; who dies is seen by the launcher, which ends the others
 
 
 def own_rank() -> int:
@@ -23,7 +25,7 @@ def from_rank_zero(work: Callable[[], _T]) -> _T:
     import torch.distributed as dist
     from accelerate import PartialState
 
-    PartialState()  # joins the process group, with the backend that fits the device
+    PartialState(timeout=_WAIT)  # joins the process group, with the backend that fits the device
     answer: list[Any] = [None, None]
     if own_rank() == 0:
         try:

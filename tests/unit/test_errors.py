@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 from laras import errors
@@ -29,3 +31,9 @@ def test_every_branch_has_its_documented_exit_code(error: type[errors.LarasError
 def test_an_error_shows_all_problems_and_the_hint() -> None:
     text = str(errors.DataError("2 bad rows", hint="fix them", problems=["a.jsonl:1: empty", "a.jsonl:9: no role"]))
     assert text == "2 bad rows\n  - a.jsonl:1: empty\n  - a.jsonl:9: no role\nhint: fix them"
+
+
+def test_an_error_survives_the_way_from_one_process_to_another() -> None:
+    error = errors.BadRowsError("2 bad rows", hint="fix them", problems=["a.jsonl:1: empty"], report={"rows": 2})
+    found = pickle.loads(pickle.dumps(error))
+    assert (type(found), str(found), found.report) == (errors.BadRowsError, str(error), {"rows": 2})

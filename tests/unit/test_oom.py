@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import laras.training.trainer as trainer_module
+import laras.training.validation as validation_module
 import tiny_training as tiny
 from laras.errors import OutOfMemoryError
 from laras.models.step import TrainStep, eager_step
@@ -49,9 +50,9 @@ def first_gradient(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     seen: list[torch.Tensor] = []
     original = trainer_module.LarasTrainer._gradient_norm
 
-    def spy(self: Any, model: nn.Module) -> torch.Tensor:
+    def spy(self: Any) -> torch.Tensor:
         seen.append(torch.cat([p.grad.flatten().clone() for p in self.model.parameters() if p.requires_grad]))
-        return original(self, model)
+        return original(self)
 
     monkeypatch.setattr(trainer_module.LarasTrainer, "_gradient_norm", spy)
     return seen
@@ -188,7 +189,7 @@ def test_an_evaluation_that_runs_out_of_memory_uses_smaller_batches(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     train(tmp_path / "roomy", Scenario(8, 1))
-    original, sizes = trainer_module.evaluate_split, []
+    original, sizes = validation_module.evaluate_split, []
 
     def tight(*args: Any, **options: Any) -> Any:
         sizes.append(options["batch_size"])
@@ -196,7 +197,7 @@ def test_an_evaluation_that_runs_out_of_memory_uses_smaller_batches(
             raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return original(*args, **options)
 
-    monkeypatch.setattr(trainer_module, "evaluate_split", tight)
+    monkeypatch.setattr(validation_module, "evaluate_split", tight)
     result, _ = train(tmp_path / "tight", Scenario(8, 1))
     assert sizes == [4, 2, 1, 1]
     assert len([event for event in result.events if "evaluation batch" in event.detail]) == 2

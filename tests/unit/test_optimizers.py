@@ -17,8 +17,10 @@ from laras.data.collate import PadCollator
 from laras.models.build import build_model
 from laras.models.step import eager_step, path_of, summed_loss, target_losses
 from laras.progress import Observer
+from laras.training.optimizers import queue_steps
 from laras.training.resume import choose_checkpoint
 from laras.training.run import run_training
+from laras.training.state import load_optimizer, save_optimizer
 from tiny_models import base_model, tokenizer
 from tiny_training import outcome
 
@@ -90,3 +92,52 @@ def test_a_resume_with_fused_layers_ends_with_the_same_bytes(
     expected = outcome(tmp_path / "run")
     train(tmp_path / "run", 2)
     assert outcome(tmp_path / "run") == expected
+
+
+def trained_weights(steps: int, optimizer_of: Callable[[Any], torch.optim.Optimizer]) -> tuple[Any, Any]:
+    """Two weights, large and small for an optimizer in 8 bits, after steps on fixed gradients."""
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.nn.Parameter(torch.randn(size, 64, generator=generator)) for size in (2048, 8)]
+    optimizer = optimizer_of(weights)
+    for _ in range(steps):
+        for weight in weights:
+            weight.grad = torch.randn(weight.shape, generator=generator)
+        optimizer.step()
+    return weights, optimizer
+
+
+def test_an_8_bit_step_takes_the_same_way_without_waiting_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected, _ = trained_weights(3, lambda weights: PagedAdamW8bit(weights, lr=1e-2))
+    waits: list[int] = []
+    monkeypatch.setattr("bitsandbytes.optim.optimizer.sync_gpu", lambda tensor: waits.append(1))
+    steps: list[int] = []
+
+    def queued(weights: Any) -> torch.optim.Optimizer:
+        optimizer = queue_steps(PagedAdamW8bit(weights, lr=1e-2))
+        optimizer.register_step_post_hook(lambda *given: steps.append(1))  # fused layers live on these
+        return optimizer
+
+    found, _ = trained_weights(3, queued)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert (waits, steps) == ([], [1, 1, 1])
+
+
+def test_loaded_states_lie_where_the_optimizer_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, optimizer = trained_weights(2, lambda weights: queue_steps(PagedAdamW8bit(weights, lr=1e-2)))
+    rest = save_optimizer(optimizer, tmp_path / "optimizer.safetensors")
+    fresh = queue_steps(PagedAdamW8bit(weights, lr=1e-2))
+    made: list[torch.Tensor] = []
+    inner = PagedAdamW8bit.get_state_buffer
+
+    def recording(self: Any, *given: Any, **named: Any) -> torch.Tensor:
+        made.append(inner(self, *given, **named))
+        return made[-1]
+
+    monkeypatch.setattr(PagedAdamW8bit, "get_state_buffer", recording)
+    load_optimizer(fresh, tmp_path / "optimizer.safetensors", rest)
+    for weight in weights:
+        for name, value in optimizer.state[weight].items():
+            loaded = fresh.state[weight][name]
+            assert torch.equal(loaded, value) if isinstance(value, torch.Tensor) else loaded == value
+            if name in ("state1", "state2"):
+                assert any(loaded is buffer for buffer in made)

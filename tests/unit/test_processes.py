@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from laras.records import RunResult
+from laras.records import PlanRevision, RunResult
 from tiny_training import Scenario, metrics, train
 
 WORKER = """
@@ -26,8 +26,49 @@ scenario = tiny.Scenario(2, 3, choices={"packing": True} if sys.argv[3] == "pack
 tiny.train(Path(sys.argv[2]), scenario, resume=sys.argv[4] == "resume" and 3)
 """
 
+# The second process runs out of memory once in a step and once in an evaluation, then on every single row.
+TIGHT_WORKER = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+import laras.training.validation as validation
+import tiny_training as tiny
+from laras.errors import OutOfMemoryError
+from laras.models.step import eager_step
 
-def run_processes(run_dir: Path, kind: str, *, count: int, resume: bool = False) -> None:
+second, original = os.environ["RANK"] == "1", validation.evaluate_split
+most_rows, events = 1, []
+
+def make_step(model):
+    inner = eager_step(model)
+    def step(batch, scale):
+        loss = inner(batch, scale)
+        if second and len(batch["input_ids"]) > most_rows:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return loss
+    return step
+
+def evaluate(*given, **named):
+    if second and named["batch_size"] > 2:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+    return original(*given, **named)
+
+validation.evaluate_split = evaluate
+result, _ = tiny.train(Path(sys.argv[2]), tiny.Scenario(2, 3), make_step=make_step)
+assert sum(event.kind == "out_of_memory" for event in result.events) == 2, result.events
+most_rows = 0
+try:
+    tiny.train(Path(sys.argv[2] + "-never"), tiny.Scenario(2, 3), make_step=make_step)
+except OutOfMemoryError as error:  # in the first process, too, which would else wait for ever
+    assert "does not fit" in error.message and "max_length" in error.hint
+else:
+    raise SystemExit("no error")
+"""
+
+
+def run_processes(run_dir: Path, kind: str, *, count: int, resume: bool = False, worker: str = WORKER) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -36,7 +77,7 @@ def run_processes(run_dir: Path, kind: str, *, count: int, resume: bool = False)
         "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     tests = str(Path(__file__).parents[1])
-    arguments = [sys.executable, "-c", WORKER, tests, str(run_dir), kind, "resume" if resume else "start"]
+    arguments = [sys.executable, "-c", worker, tests, str(run_dir), kind, "resume" if resume else "start"]
     processes = [
         subprocess.Popen(
             arguments, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True
@@ -68,3 +109,16 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path, kind: str) -> None
         before = (tmp_path / "two" / final).read_bytes()
         run_processes(tmp_path / "two", kind, count=2, resume=True)
         assert (tmp_path / "two" / final).read_bytes() == before
+
+
+@pytest.mark.slow
+def test_memory_that_runs_out_in_one_process_changes_no_result_and_is_told_to_all(tmp_path: Path) -> None:
+    train(tmp_path / "one", Scenario(2, 3))
+    run_processes(tmp_path / "two", "padded", count=2, worker=TIGHT_WORKER)
+    for a, b in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert a == pytest.approx(b, rel=1e-4)  # every row is scored once
+    revision = PlanRevision.load(tmp_path / "two")
+    assert (revision.train_split_level, revision.eval_split_level) == (1, 1)
+    assert "another process" in revision.changes[0].reason
+    never = RunResult.load(tmp_path / "two-never")
+    assert never.status == "failed" and any("does not fit" in event.detail for event in never.events)

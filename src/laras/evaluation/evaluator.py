@@ -37,6 +37,7 @@ def evaluate_split(
     pad_token_id: int | None,
     device: torch.device,
     observer: Observer,
+    shared_rows: int | None = None,
 ) -> ExampleSums:
     """Scores every row; `laras.evaluation.metrics.score_of` makes the score of the result.
 
@@ -50,6 +51,8 @@ def evaluate_split(
         pad_token_id: As for `PadCollator`.
         device: Where this process computes.
         observer: Told how many of this process' rows are done.
+        shared_rows: Rows that go to one process together; None: `batch_size`. The same in every process, where
+            `batch_size` need not be: one may have less memory left than the others.
 
     Returns:
         The sums in the order of `rows`. Rows without targets have zeros, and cost no forward pass.
@@ -62,8 +65,10 @@ def evaluate_split(
     rank, processes = _place()
     sums = ExampleSums.zeros(len(rows))
     order = _longest_first(rows)
-    # Batches are formed before they are shared out, so that the number of processes changes no batch.
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)][rank::processes]
+    # Rows are shared out before they are cut into batches, so that each has one process whatever its batches are.
+    shared = shared_rows or batch_size
+    shares = [order[start : start + shared] for start in range(0, len(order), shared)][rank::processes]
+    batches = [share[start : start + batch_size] for share in shares for start in range(0, len(share), batch_size)]
     total, done = sum(map(len, batches)), 0
     collate = PadCollator(pad_token_id)
     with _evaluation_mode(model), torch.inference_mode():

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from laras.errors import LarasError
 from laras.models.step import TrainStep
 from laras.training import oom
 from laras.training.batches import MicroBatch, StepRows, TrainBatches
-from laras.training.processes import sum_gradients
+from laras.training.processes import raise_in_all, sum_gradients
 from laras.training.state import Counters
 
 
@@ -54,6 +55,8 @@ class StepGradients:
         self._model, self._step, self._batches, self._counters = model, step, batches, counters
         self._device, self._rank, self._processes = device, rank, processes
         self._scaler, self._note = scaler, note
+        self._trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._error: LarasError | None = None
         self._piece: MicroBatch = []
         self._ready: dict[tuple[int, ...], dict[str, Tensor]] = {}
 
@@ -65,19 +68,53 @@ class StepGradients:
             wants_stop: Whether this process was asked to stop.
 
         Returns:
-            Float64 of shape (2,): mean loss over the step's target tokens, and how many processes were asked to stop.
+            Float64, for `conclude` once the device is done.
 
         Raises:
-            OutOfMemoryError: When a single row does not fit.
+            OutOfMemoryError: When a single row does not fit; with several processes, `conclude` raises it in all.
         """
         mine = rows.micro_batches[self._rank :: self._processes]
         scale = 1.0 / max(1, rows.targets)
-        loss = self._until_it_fits(lambda: self._accumulate(mine, scale))
-        figures = torch.stack([loss * scale, torch.full_like(loss, float(wants_stop))])
-        if self._processes > 1:
-            dist.all_reduce(figures)
-            sum_gradients(self._model)
-        return figures
+        try:
+            loss = self._until_it_fits(lambda: self._accumulate(mine, scale))
+        except LarasError as error:
+            if self._processes == 1:
+                raise
+            self._error = error.with_traceback(None)  # whose frames hold tensors
+            loss = torch.full((), torch.nan, dtype=torch.float64, device=self._device)
+        if self._error is not None:  # the others wait in the sums below, which take room
+            self._model.zero_grad()
+            oom.free_caches()
+        figures = [loss * scale, torch.full_like(loss, float(wants_stop))]
+        if self._processes == 1:
+            return torch.stack(figures)
+        level, failed = self._counters.split_level, self._error is not None
+        levels = [level if rank == self._rank else 0 for rank in range(self._processes)]
+        everything = torch.stack([*figures, *(torch.full_like(loss, float(value)) for value in (failed, *levels))])
+        dist.all_reduce(everything)
+        sum_gradients(self._trained)
+        return everything
+
+    def conclude(self, figures: list[float]) -> tuple[float, bool]:
+        """What processes have to agree on after a step: the finest cut of any of them is that of all.
+
+        Args:
+            figures: Values of what `compute` returned.
+
+        Returns:
+            Mean loss over the step's target tokens, and whether a process was asked to stop.
+
+        Raises:
+            OutOfMemoryError: When a single row does not fit in one of several processes.
+        """
+        loss, stops, *shared = figures
+        if shared:
+            failed, *levels = shared
+            if failed:
+                raise_in_all(self._error)
+            if max(levels) > self._counters.split_level:
+                self._cut_finer(int(max(levels)), "as another process needs it")
+        return loss, stops > 0
 
     def prepare(self, rows: StepRows) -> None:
         """Collates the batches of a later step now, while the device is busy."""
@@ -96,7 +133,8 @@ class StepGradients:
         if self._scaler is not None:
             scale_tensor = self._scaler.scale(scale_tensor)
         total = torch.zeros((), dtype=torch.float64, device=self._device)
-        self._model.train()
+        if not self._model.training:  # setting it walks through all modules, which takes milliseconds
+            self._model.train()
         for micro in micro_batches:
             for piece in self._batches.cut(micro, self._counters.split_level):
                 self._piece = piece
@@ -127,7 +165,10 @@ class StepGradients:
             self._model.zero_grad()  # what this step had accumulated so far is computed again
             oom.free_caches()
             oom.restore_device_random_state(before, self._device)
-            size = self._batches.size(counters.split_level)
-            counters.split_level += 1
-            smaller = self._batches.size(counters.split_level)
-            self._note("out_of_memory", f"micro-batch {size} -> {smaller}, same gradient: {text}")
+            self._cut_finer(counters.split_level + 1, text)
+
+    def _cut_finer(self, level: int, reason: str) -> None:
+        size = self._batches.size(self._counters.split_level)
+        self._counters.split_level = level
+        smaller = self._batches.size(level)
+        self._note("out_of_memory", f"micro-batch {size} -> {smaller}, same gradient: {reason}")

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NoReturn
+
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
+
+from laras.errors import LarasError
 
 _BUCKET_BYTES = 256 * 2**20  # of gradients that are summed at once
 
 
-def sum_gradients(model: nn.Module) -> None:
+def sum_gradients(parameters: Sequence[Tensor]) -> None:
     """Sums the gradients over the processes, each of which holds those of its own rows.
 
     Once an optimizer step, after its last micro-batch, so that no process waits for one that does its part again or
@@ -17,9 +22,7 @@ def sum_gradients(model: nn.Module) -> None:
     """
     bucket: list[Tensor] = []
     size = 0
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
+    for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
         if bucket and (bucket[0].dtype != parameter.grad.dtype or size > _BUCKET_BYTES):
@@ -35,5 +38,23 @@ def _all_reduce(tensors: list[Tensor]) -> None:
         return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     dist.all_reduce(flat)
-    for tensor, reduced in zip(tensors, torch.split(flat, [tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(reduced.view_as(tensor))
+    parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)])
+
+
+def raise_in_all(error: LarasError | None) -> NoReturn:
+    """Raises the error of the first process that has one in every process; each of them calls this.
+
+    Args:
+        error: Of this process, if it has one.
+    """
+    errors: list[LarasError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    raise next(one for one in errors if one is not None)
+
+
+def highest(value: int, device: torch.device) -> int:
+    """The highest of the values of all processes."""
+    found = torch.tensor(value, device=device)
+    dist.all_reduce(found, op=dist.ReduceOp.MAX)
+    return int(found)

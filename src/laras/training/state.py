@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from laras.errors import CheckpointError
 from laras.training.checkpoints import write_whole
 from laras.training.numbers import LossWatch, Stopping
+from laras.training.optimizers import is_bitsandbytes, page_states, settle
 
 ADAPTER_NAME, MODEL_NAME = "adapter_model.safetensors", "model.safetensors"
 OPTIMIZER_NAME, STATE_NAME = "optimizer.safetensors", "training.json"
@@ -68,6 +69,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> dict[str, An
 
     A state may hold tensors by name, or, as that of the 8-bit optimizers, in a dictionary below one.
     """
+    settle(_inner(optimizer))
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
 
@@ -100,7 +102,18 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path, rest: dict[str,
         {key: tuple(value) if isinstance(own.get(key), tuple) else value for key, value in group.items()}
         for group, own in zip(rest["groups"], optimizer.param_groups, strict=True)
     ]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    saved, inner = {"state": state, "param_groups": groups}, _inner(optimizer)
+    if is_bitsandbytes(inner):  # what is to be paged does not pass through the device's own memory
+        inner.load_state_dict(saved, move_to_device=False)
+        page_states(inner)
+        inner.to_gpu()
+    else:
+        optimizer.load_state_dict(saved)
+
+
+def _inner(optimizer: Any) -> Any:
+    """Without the wrapper of accelerate."""
+    return getattr(optimizer, "optimizer", optimizer)
 
 
 def random_states() -> dict[str, Any]:

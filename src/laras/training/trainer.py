@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +26,17 @@ from transformers.trainer_callback import TrainerControl
 from transformers.trainer_utils import TrainOutput
 
 from laras.errors import ConfigError, TrainingAborted
-from laras.evaluation.evaluator import evaluate_split
-from laras.evaluation.metrics import score_of
 from laras.models.loader import keep_4bit_exact
 from laras.models.step import TrainStep
 from laras.progress import Observer, StepReport, ValidationReport
-from laras.records import RunEvent, SplitScore
-from laras.training import oom, state
+from laras.records import RunEvent
+from laras.training import state
 from laras.training.batches import TokenRows, TrainBatches
 from laras.training.callbacks.memory import MemoryMonitor
 from laras.training.checkpoints import remove_old_checkpoints, save_checkpoint
 from laras.training.drift import Identity
 from laras.training.gradients import StepGradients
+from laras.training.optimizers import queue_steps
 from laras.training.rehearsal import rehearse
 from laras.training.signals import EvaluationStopped, StoppableProgress, StopRequest
 from laras.training.speed import Speed

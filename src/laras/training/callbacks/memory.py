@@ -24,6 +24,7 @@ class MemoryMonitor:
     def __init__(self, device: torch.device, planned_bytes: int, observer: Observer) -> None:
         self.planned_bytes = planned_bytes
         self._device, self._observer = device, observer
+        self._process = psutil.Process()
         self._warned = self._failed = False
 
     def current_bytes(self) -> int:
@@ -31,7 +32,7 @@ class MemoryMonitor:
         try:
             if self._device.type == "cuda":
                 return torch.cuda.max_memory_allocated(self._device)
-            return int(psutil.Process().memory_info().rss)
+            return int(self._process.memory_info().rss)
         except (RuntimeError, OSError, psutil.Error) as error:
             self._announce(error)
             return 0
@@ -64,7 +65,7 @@ class MemoryMonitor:
 
     def _machine(self) -> dict[str, float]:
         return {
-            "memory/rss_bytes": int(psutil.Process().memory_info().rss),
+            "memory/rss_bytes": int(self._process.memory_info().rss),
             "memory/used_fraction": psutil.virtual_memory().percent / 100,
             "memory/planned_peak_bytes": self.planned_bytes,
         }
