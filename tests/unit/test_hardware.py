@@ -1,9 +1,12 @@
 """Every card of the catalogue can be found, and the local device is what it is."""
 
+import os
+
 import psutil
 import pytest
 
 from laras.errors import ConfigError
+from laras.planning import hardware
 from laras.planning.catalogue import CATALOGUE, find_gpu, match_device_name
 from laras.planning.hardware import _host_available_bytes, cpu_hardware, load_hardware
 
@@ -116,3 +119,22 @@ def test_the_figures_of_a_card_are_plausible_and_say_where_they_are_from(gpu):
     for name, capability in names.items():
         if gpu.name.startswith(name):
             assert gpu.compute_capability == capability
+
+
+def test_what_a_desktop_holds_is_not_free(monkeypatch):
+    """NVML does not run here; it lists programs that draw apart from those that compute."""
+    from types import SimpleNamespace as Of
+
+    here, nvml = os.getpid(), Of(NVMLError=RuntimeError, nvmlInit=lambda: None, nvmlShutdown=lambda: None)
+    nvml.nvmlDeviceGetHandleByUUID = lambda uuid: uuid
+    nvml.nvmlDeviceGetComputeRunningProcesses = lambda _: [
+        Of(pid=here, usedGpuMemory=500),
+        Of(pid=-1, usedGpuMemory=70),
+        Of(pid=-2, usedGpuMemory=None),  # where the driver does not say
+    ]
+    nvml.nvmlDeviceGetGraphicsRunningProcesses = lambda _: [
+        Of(pid=-1, usedGpuMemory=70),
+        Of(pid=-3, usedGpuMemory=300),
+    ]
+    monkeypatch.setattr(hardware, "import_module", {"pynvml": nvml}.get)
+    assert hardware._other_processes_bytes("a") == 370

@@ -164,8 +164,11 @@ def _other_processes_bytes(uuid: str) -> int:
         nvml.nvmlInit()
         try:
             handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
-            running = nvml.nvmlDeviceGetComputeRunningProcesses(handle)
-            return sum(int(process.usedGpuMemory or 0) for process in running if process.pid != os.getpid())
+            # A desktop and its programs draw, and do not compute; some do both.
+            running = [*nvml.nvmlDeviceGetComputeRunningProcesses(handle)]
+            running += nvml.nvmlDeviceGetGraphicsRunningProcesses(handle)
+            held = {process.pid: int(process.usedGpuMemory or 0) for process in running}
+            return sum(size for pid, size in held.items() if pid != os.getpid())
         finally:
             nvml.nvmlShutdown()
     return 0
