@@ -39,6 +39,14 @@ def test_the_plan_is_the_fastest_that_fits(gpu):
     assert result.choices.per_device_train_batch_size * result.choices.gradient_accumulation_steps == 16
 
 
+@pytest.mark.parametrize("processes", ["2", "4"])
+def test_every_process_has_as_much_to_do(processes, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", processes)
+    assert plan().choices.gradient_accumulation_steps % int(processes) == 0
+    forced = plan(per_device_train_batch_size=16).choices
+    assert (forced.per_device_train_batch_size, forced.gradient_accumulation_steps) == (16, 1)
+
+
 def test_precision_follows_what_the_card_really_computes():
     assert plan("t4").choices.precision == "fp16"
     assert plan("l4").choices.precision == "bf16"

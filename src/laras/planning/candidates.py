@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
@@ -93,7 +94,7 @@ def candidates(
     budget = device_budget_bytes(config, hardware)
     found = []
     for packing in packing_options(config, spec, hardware, precision, work):
-        for micro, accumulation in _batches(config, work, packing):
+        for micro, accumulation in _shared_out(_batches(config, work, packing)):
             for weights, optim, kind in product(
                 _weights(config, hardware, precision), _optims(config, hardware), _checkpoint_kinds(config, hardware)
             ):
@@ -295,6 +296,12 @@ def _batches(config: RunConfig, work: Workload, packing: bool) -> Iterator[tuple
         yield from (
             (micro, effective // micro) for micro in range(1, min(effective, most) + 1) if effective % micro == 0
         )
+
+
+def _shared_out(splits: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The splits that give every process as many micro-batches, if there are any: else one waits for the others."""
+    found, processes = list(splits), int(os.environ.get("WORLD_SIZE", "1"))
+    return [one for one in found if one[1] % processes == 0] or found
 
 
 def _packed_batches(config: RunConfig, work: Workload) -> Iterator[tuple[int, int]]:
