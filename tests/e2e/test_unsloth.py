@@ -1,0 +1,143 @@
+"""A run on another library's layers is the same run: data, losses, records, checkpoints, and the way on after a kill.
+
+Unsloth itself needs a GPU (`tests/gpu/test_unsloth_gpu.py`); a stand-in does to other libraries what it does on import.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from test_run import write_chats
+
+import laras
+from laras.errors import RunStateError
+from laras.progress import Observer
+from laras.records import RunResult, TrainPlan
+from tiny_models import base_model
+
+STAND_IN = Path(__file__).parents[1] / "stand_in"
+
+
+def python(*words: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(STAND_IN), "STAND_IN_LOG": str(folder / "log.txt"), **variables}
+    return subprocess.run(
+        [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+
+
+def imports(folder: Path) -> list[str]:
+    return [line.partition(" ")[2] for line in (folder / "log.txt").read_text(encoding="utf-8").splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    by_step = {(line["step"], key): line[key] for line in lines for key in ("loss", "eval_loss") if key in line}
+    return [by_step[key] for key in sorted(by_step)]
+
+
+class Warnings(Observer):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def warning(self, text: str) -> None:
+        self.texts.append(text)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("work")
+    base_model("llama", folder / "model")
+    write_chats(folder / "chats.jsonl")
+    (folder / "laras.yaml").write_text(
+        f"model_name_or_path: {folder}/model\ndataset: {folder}/chats.jsonl\noutput_dir: {folder}/runs\n"
+        "num_train_epochs: 1\nlearning_rate: 0.01\neffective_batch_size: 8\nmax_length: 256\nlogging_steps: 1\n"
+        "eval_steps: 2\nreport_to: []\n",
+        encoding="utf-8",
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def plain(workplace: Path) -> Path:
+    """The run of the own layers: Unsloth is asked for, and this machine has none."""
+    seen = Warnings()
+    done = laras.train(workplace / "laras.yaml", backend="unsloth", run_name="plain", observer=seen)
+    assert any("Unsloth was asked for, but it is not installed" in text for text in seen.texts)
+    return done.run_dir
+
+
+@pytest.fixture(scope="module")
+def killed(workplace: Path) -> Path:
+    done = python(str(STAND_IN / "drive.py"), "train", "laras.yaml", folder=workplace)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert done.stdout == ""  # its greeting went to standard error
+    return workplace / "runs" / "unsloth"
+
+
+def test_a_run_without_unsloth_falls_back_and_every_record_says_why(plain: Path) -> None:
+    plan, result = TrainPlan.load(plain), RunResult.load(plain)
+    assert plan.choices.backend == "transformers"
+    assert plan.reasons["backend"].startswith("fused layers: Unsloth was asked for, but it is not installed")
+    assert [event.kind for event in result.events] == ["backend_fallback"]
+    assert result.status == "finished"
+
+
+def test_unsloth_is_imported_before_everything_that_it_changes(killed: Path, workplace: Path) -> None:
+    assert imports(workplace)[0] == "imported after []"
+    assert TrainPlan.load(killed).choices.backend == "unsloth"
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_its_losses_are_those_of_the_own_layers(plain: Path, killed: Path) -> None:
+    done = python(str(STAND_IN / "drive.py"), "resume", str(killed), folder=plain.parents[1])
+    assert done.returncode == 0, done.stderr
+    assert "Unsloth has changed transformers in this process" in json.loads(done.stdout)["refused"]
+    assert imports(plain.parents[1])[-1] == "imported after []"
+    result = RunResult.load(killed)
+    assert result.status == "finished" and "resume" in [event.kind for event in result.events]
+    assert losses(killed) == pytest.approx(losses(plain), rel=1e-5)
+    own, other = (load_file(run / "final" / "adapter_model.safetensors") for run in (plain, killed))
+    assert own.keys() == other.keys()
+    for name, tensor in own.items():
+        assert (tensor - other[name]).abs().max() < 1e-4, name
+    settings = json.loads((killed / "final" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert settings["auto_mapping"] is None
+    assert laras.test(killed).tuned.loss == pytest.approx(laras.test(plain).tuned.loss, rel=1e-4)
+
+
+def test_a_resume_does_not_change_the_backend(killed: Path) -> None:
+    with pytest.raises(RunStateError, match="was started with Unsloth, and it is not installed") as caught:
+        laras.resume(killed)
+    assert "--from" in str(caught.value.hint)
+    record = killed / "records" / "plan.json"
+    before = record.read_text(encoding="utf-8")
+    changed: dict[str, Any] = json.loads(before)
+    changed["choices"] |= {"backend": "transformers", "attention": "sdpa"}
+    record.write_text(json.dumps(changed), encoding="utf-8")
+    try:
+        with pytest.raises(RunStateError) as caught:
+            laras.resume(killed, checkpoint=2)
+    finally:
+        record.write_text(before, encoding="utf-8")
+    assert any("backend: was unsloth, is absent" in problem for problem in caught.value.problems)
+
+
+@pytest.mark.slow
+def test_on_a_machine_without_gpu_or_with_a_broken_unsloth_the_command_trains_all_the_same(workplace: Path) -> None:
+    done = python("-m", "laras", "train", "laras.yaml", "backend=unsloth", "limit=40", "--json", folder=workplace)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["status"] == "finished" and answer["plan"]["choices"]["backend"] == "transformers"
+    assert "it needs an NVIDIA GPU" in answer["events"][0]["detail"]
+    code = "from laras.models.unsloth import import_first; import sys; print(import_first(with_trial=True))"
+    failed = python("-c", f"{code}; assert 'torch' not in sys.modules", folder=workplace, STAND_IN_BROKEN="1")
+    assert failed.stdout.strip() == "its import fails: ImportError: a stand-in that does not import", failed.stderr
+    assert failed.returncode == 0

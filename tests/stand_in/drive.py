@@ -1,0 +1,37 @@
+"""drive.py ACTION ARGUMENT: a run through the Python API in a fresh process, as if there were a GPU for Unsloth.
+
+train CONFIG    trains, and kills itself after step 3
+resume RUN      goes on, then asks for the score in the same process
+"""
+
+import json
+import os
+import signal
+import sys
+
+import laras
+from laras.models import unsloth
+from laras.planning import backend
+from laras.progress import Observer
+
+backend.machine_refusals = lambda capability: []
+unsloth._failure_of_trial = lambda: None
+backend._method_refusals = lambda config: []  # a CPU computes in fp32
+
+
+class Killer(Observer):
+    def step_finished(self, report):
+        if report.step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+assert "torch" not in sys.modules
+action, argument = sys.argv[1:]
+if action == "train":
+    laras.train(argument, observer=Killer(), backend="unsloth", run_name="unsloth")
+else:
+    laras.resume(argument)
+    try:
+        laras.test(argument)
+    except laras.LarasError as error:
+        print(json.dumps({"refused": error.message}))
