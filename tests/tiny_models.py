@@ -47,7 +47,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "moe_intermediate_size": 32,
         "norm_topk_prob": True,
     },
+    "phi": {},
     "phi3": {"pad_token_id": 0},
+    "gemma": {"head_dim": 32},
     "gemma2": {"head_dim": 32, "query_pre_attn_scalar": 256},
     "gemma3_text": {"head_dim": 32, "query_pre_attn_scalar": 256},
 }

@@ -28,6 +28,7 @@ from laras.reporting.gguf_file import (
     round_as_stored,
     write_gguf,
 )
+from laras.reporting.gguf_reading import READ_HERE, read_gguf
 from laras.reporting.model_card import model_card
 from laras.reporting.run_data import RunData, load_run_data
 
@@ -256,7 +257,12 @@ def _verify(
 
 
 def _load_gguf(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
-    """The file as transformers reads it; what its reader does not look for in the file is given to it."""
+    """The file as transformers reads it; what its reader does not look for in the file is given to it.
+
+    A family that transformers' reader does not know is read here, from nothing but the file.
+    """
+    if model.config.model_type in READ_HERE:
+        return read_gguf(folder / GGUF_NAME)
     config: Any = None if is_described_whole(model.config) else model.config
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=GGUF_NAME, dtype=torch.float32, **({"config": config} if config is not None else {})

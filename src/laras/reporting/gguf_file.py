@@ -5,7 +5,7 @@ neighbouring pairs, Gemma's norms are stored with the one added that its layers 
 factors as tensors, and the experts of a mixture are stored gate and up apart.
 
 Source: llama.cpp, convert_hf_to_gguf.py, classes LlamaModel, Qwen2Model, Qwen3Model, Qwen2MoeModel, Qwen3MoeModel,
-Phi3MiniModel, Gemma2Model and Gemma3Model; docs/gguf.md of ggml.
+Phi2Model, Phi3MiniModel, GemmaModel, Gemma2Model and Gemma3Model; docs/gguf.md of ggml.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ FAMILIES: dict[str, gguf.MODEL_ARCH] = {
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "qwen2_moe": gguf.MODEL_ARCH.QWEN2MOE,
     "qwen3_moe": gguf.MODEL_ARCH.QWEN3MOE,
+    "phi": gguf.MODEL_ARCH.PHI2,  # Phi 1, 1.5 and 2
     "phi3": gguf.MODEL_ARCH.PHI3,
+    "gemma": gguf.MODEL_ARCH.GEMMA,
     "gemma2": gguf.MODEL_ARCH.GEMMA2,
     "gemma3_text": gguf.MODEL_ARCH.GEMMA3,
 }
@@ -43,7 +45,8 @@ FAMILIES: dict[str, gguf.MODEL_ARCH] = {
 _NORMED_EXPERTS = {"qwen2_moe": False, "qwen3_moe": True}
 # What chooses the experts is stored in float32.
 _EXACT_KEYS = (".mlp.gate.weight", ".shared_expert_gate.weight")
-_ROTATIONS = {"phi3": ("default", "longrope")}
+_ROTATIONS = {"phi3": ("default", "longrope"), "phi": ("default",), "gemma": ("default",)}
+_TANH_GELU = ("gelu_new", "gelu_pytorch_tanh")
 _FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
 
 
@@ -57,11 +60,17 @@ def require_family(config: Any) -> gguf.MODEL_ARCH:
     hint = "export with --format merged and convert it with llama.cpp's own script"
     if config.model_type not in FAMILIES:
         raise ConfigError(
-            f"GGUF is written for {', '.join(sorted(FAMILIES))}; this model is of type {config.model_type}", hint=hint
+            f"GGUF is written for {', '.join(sorted(FAMILIES))}, whose files are read back and compared; this model is "
+            f"of type {config.model_type}",
+            hint=hint,
         )
     kind = rope_parameters(config).get("rope_type", "default")
     if kind not in _ROTATIONS.get(config.model_type, ("default", "llama3")):
         raise ConfigError(f"GGUF with rotary embeddings of type {kind} is not written here", hint=hint)
+    if config.model_type in ("phi", "gemma") and config.hidden_act not in _TANH_GELU:
+        raise ConfigError(f"llama.cpp has no {config.model_type} with the activation {config.hidden_act}", hint=hint)
+    if config.model_type == "phi" and config.qk_layernorm:
+        raise ConfigError("llama.cpp has no phi with norms of queries and keys (qk_layernorm)", hint=hint)
     if has_experts(config):
         if config.mlp_only_layers or config.decoder_sparse_step != 1:
             raise ConfigError("GGUF of a model with experts in some layers only is not written here", hint=hint)
@@ -126,7 +135,7 @@ def write_gguf(
     _write_architecture(writer, config, quantization)
     write_tokenizer(writer, tokenizer, config.vocab_size)
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    tied = bool(config.tie_word_embeddings)
+    tied = bool(config.tie_word_embeddings) and config.model_type != "phi"  # llama.cpp's has an output of its own
     for stored_key, tensor in model.state_dict().items():
         if tied and stored_key == "lm_head.weight":
             continue
@@ -167,7 +176,10 @@ def _write_architecture(writer: gguf.GGUFWriter, config: Any, quantization: Quan
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    if config.model_type == "phi":
+        writer.add_layer_norm_eps(config.layer_norm_eps)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope["rope_theta"])
     writer.add_rope_dimension_count(int(_head_dim(config) * rope.get("partial_rotary_factor", 1.0)))
     writer.add_key_length(_head_dim(config))

@@ -105,6 +105,8 @@ def write_tokenizer(writer: gguf.GGUFWriter, tokenizer: PreTrainedTokenizerBase,
     ):
         if token_id is not None:
             add(int(token_id))
+    if fields.kind == "llama":  # llama.cpp puts a space before a text unless it is told not to
+        writer.add_add_space_prefix(tokenizer.tokenize("a")[0].startswith("▁"))
     first = tokenizer("a")["input_ids"]
     writer.add_add_bos_token(bool(first) and tokenizer.bos_token_id is not None and first[0] == tokenizer.bos_token_id)
     writer.add_add_eos_token(False)
