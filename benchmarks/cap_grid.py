@@ -1,14 +1,17 @@
 """The chosen plan against an exhaustive search over the same grid, under memory caps.
 
-    python benchmarks/cap_grid.py plan       # CPU, before anything is measured: results/cap_grid_plans.jsonl
+    python benchmarks/cap_grid.py plan       # CPU: results/cap_grid_plans.jsonl, and cap_grid_predicted.jsonl
     python benchmarks/cap_grid.py measure    # one GPU of 80 GB, random weights: results/cap_grid_measured.jsonl
     python benchmarks/cap_grid.py report     # joins them: results/cap_grid.md
 
 Caps of 15, 22, 40 and 79 GiB (`torch.cuda.set_per_process_memory_fraction`) x a 1.5B and an 8B shape x LoRA and QLoRA.
-The grid of a cell is what the planner itself chooses from: every micro-batch and accumulation, and every kind of
-checkpointing. How long a candidate takes does not depend on the cap unless memory is short, so all are timed once
-without one; under a cap the candidates run from the fastest down until one does not run out of memory. That one is the
-best of the cell. `measure` goes on where it stopped: rows that are there are not measured again.
+A cap holds what the allocator reserves, so the card that it stands for has the CUDA context on top. The grid of a cell
+is what the planner itself chooses from: every micro-batch and accumulation, and every kind of checkpointing. How long a
+candidate takes does not depend on the cap unless memory is short, so all are timed once without one; under a cap the
+candidates run from the fastest down until one does not run out of memory, each with the evaluation batch that the
+planner would give it there. That one is the best of the cell. `measure` goes on where it stopped: rows that are there
+are not measured again. Each model has a process of its own, and every setting makes its own optimizer states, as a run
+does: what is taken in segments that an earlier setting left would keep those from being returned.
 """
 
 from __future__ import annotations
@@ -16,11 +19,12 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
@@ -34,7 +38,6 @@ CAPS_GIB = (15, 22, 40, 79)
 MODELS_OF_GRID = ("qwen2.5-1.5b", "llama-3.1-8b")
 MAX_LENGTH, EFFECTIVE = 1024, 16
 TIMED_STEPS = 2
-ENOUGH = 0.95  # of the best rate of the grid
 
 
 @dataclass(frozen=True)
@@ -64,11 +67,11 @@ class Setting:
 
 @dataclass(frozen=True)
 class Outcome:
-    """A run of one setting; `step_s` is None when memory ran out."""
+    """A run of one setting; `step_s` is None when memory ran out, `reserved_MiB` where it is not the setting's own."""
 
     step_s: float | None
     allocated_MiB: float = 0.0
-    reserved_MiB: float = 0.0
+    reserved_MiB: float | None = 0.0
 
 
 Run = Callable[[Setting, float | None], Outcome]  # under a cap in GiB, or under none
@@ -92,10 +95,12 @@ def config_of(subject: Subject, folder: str, length: int = MAX_LENGTH) -> Any:
 
 
 def capped(gpu: str, cap_gib: float) -> Any:
-    """The card with so much memory."""
+    """The card whose allocator may take so much."""
     from laras.planning.catalogue import find_gpu
+    from laras.planning.memory import context_bytes
 
-    return find_gpu(gpu).to_hardware().model_copy(update={"total_bytes": int(cap_gib * GIB)})
+    card = find_gpu(gpu).to_hardware()
+    return card.model_copy(update={"total_bytes": int(cap_gib * GIB) + context_bytes(card)})
 
 
 def plan_row(subject: Subject, cap_gib: float, gpu: str = "h100", length: int = MAX_LENGTH) -> dict[str, Any]:
@@ -122,19 +127,43 @@ def plan_row(subject: Subject, cap_gib: float, gpu: str = "h100", length: int = 
     }
 
 
-def grid_of(subject: Subject, gpu: str = "h100", length: int = MAX_LENGTH) -> list[Setting]:
-    """What the planner chooses from, whatever the cap."""
+def grid_of(subject: Subject, cap_gib: float = CAPS_GIB[-1], length: int = MAX_LENGTH) -> dict[Setting, int]:
+    """What the planner chooses from, the same whatever the cap; with the rows of an evaluation batch under this one."""
     from laras.planning.architecture import model_spec_from_config
     from laras.planning.candidates import candidates
     from laras.planning.workload import workload
 
     spec = model_spec_from_config(MODELS[subject.model], subject.model)
-    hardware = capped(gpu, CAPS_GIB[-1])
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(subject, folder, length)
-        found = candidates(config, spec, hardware, "bf16", workload(config, None, None, spec))
-    settings = [Setting(one.case.micro_batch, one.accumulation, one.case.checkpoint_kind) for one in found]
-    return list(dict.fromkeys(settings))
+        found = candidates(config, spec, capped("h100", cap_gib), "bf16", workload(config, None, None, spec))
+    grid: dict[Setting, int] = {}
+    for one in found:
+        setting = Setting(one.case.micro_batch, one.accumulation, one.case.checkpoint_kind)
+        grid.setdefault(setting, one.case.eval_batch)
+    return grid
+
+
+def predicted_rows(subject: Subject, gpu: str = "h100", length: int = MAX_LENGTH) -> Iterator[dict[str, Any]]:
+    """Predicted memory of every setting, with the documents that are measured."""
+    from laras.models.simulation import trace_step
+    from laras.planning.architecture import model_spec_from_config
+    from laras.planning.memory import workspace_bytes
+    from laras.planning.simulated import summary_of
+    from laras.records import PlanChoices
+
+    spec, hardware = model_spec_from_config(MODELS[subject.model], subject.model), capped(gpu, CAPS_GIB[-1])
+    choices = PlanChoices(**plan_row(subject, CAPS_GIB[-1], gpu, length)["choices"])
+    for setting in grid_of(subject, length=length):
+        update = {
+            "per_device_train_batch_size": setting.micro, "gradient_accumulation_steps": setting.accumulation,
+            "gradient_checkpointing": setting.kind != "none", "checkpoint_kind": setting.kind,
+        }  # fmt: skip
+        with tempfile.TemporaryDirectory() as folder:
+            config, own = config_of(subject, folder, length), choices.model_copy(update=update)
+            found = summary_of(trace_step(config, own, spec.layers, hardware, 2 * setting.micro), spec.layers)
+        allocated = found["allocated_bytes"] + workspace_bytes(hardware)
+        yield {"key": f"{subject.key}|{setting.key}", "allocated_MiB": allocated / MIB}
 
 
 # ------------------------------------------------------------ measure
@@ -176,7 +205,7 @@ def search(
                 break
 
 
-def gpu_run(subject: Subject) -> Run:
+def gpu_run(subject: Subject, length: int = MAX_LENGTH) -> Run:
     """Runs settings on the GPU, on a model that is built once; the kind of checkpointing is swapped in its layers."""
     import torch
 
@@ -185,11 +214,10 @@ def gpu_run(subject: Subject) -> Run:
     from laras.progress import Observer
     from laras.records import PlanChoices
 
-    row = plan_row(subject, CAPS_GIB[-1])
-    choices = PlanChoices(**row["choices"])
+    choices = PlanChoices(**plan_row(subject, CAPS_GIB[-1], length=length)["choices"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     with tempfile.TemporaryDirectory() as folder, measuring_base():
-        model = build.build_model(config_of(subject, folder), choices, device, Observer())
+        model = build.build_model(config_of(subject, folder, length), choices, device, Observer())
     fused = path_of(model).fused
     assert fused is not None, path_of(model).fused_refusal
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -201,15 +229,20 @@ def gpu_run(subject: Subject) -> Run:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    def run(setting: Setting, cap_gib: float | None) -> Outcome:
-        fused.layers = [replace(layer, checkpoint_kind=setting.kind) for layer in fused.layers]
+    def prepare(setting: Setting, cap_gib: float | None) -> None:
+        """As a run begins: no states yet, no segments of what ran before."""
+        fused.keep(setting.kind)
         optimizer.zero_grad(set_to_none=True)
+        optimizer.state.clear()
         gc.collect()
         if device == "cuda":
             torch.cuda.empty_cache()
             whole = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, (cap_gib or whole) * GIB / whole))
             torch.cuda.reset_peak_memory_stats()
+
+    def run(setting: Setting, cap_gib: float | None) -> Outcome:
+        prepare(setting, cap_gib)
         try:
             once(setting)
             times = []
@@ -221,7 +254,7 @@ def gpu_run(subject: Subject) -> Run:
                 times.append(time.perf_counter() - began)
             if cap_gib is not None:  # evaluation must fit as well
                 model.eval()
-                rows = choices.per_device_eval_batch_size
+                rows = grid_of(subject, cap_gib, length)[setting]
                 batch = packed_or_padded(MODELS[subject.model], choices, rows, packed=False, device=device)
                 with torch.no_grad():
                     target_losses(model, batch)
@@ -236,35 +269,6 @@ def gpu_run(subject: Subject) -> Run:
     return run
 
 
-def measure(plans: Path, out: Path, budget_s: float, only: str) -> bool:
-    """Whether everything is measured now."""
-    began = time.monotonic()
-    planned, done = rows_of(plans), rows_of(out)
-    with out.open("a") as file:
-        for subject in subjects():
-            if only not in subject.key:
-                continue
-            run: Run | None = None
-
-            def lazily(setting: Setting, cap: float | None, subject: Subject = subject) -> Outcome:
-                nonlocal run
-                run = run or gpu_run(subject)
-                return run(setting, cap)
-
-            for row in search(subject, grid_of(subject), planned, CAPS_GIB, lazily, done):
-                print(json.dumps(row), file=file, flush=True)
-                print(f"{row['key']:60} {row['step_s']} {row['reserved_MiB']:.0f} MiB", flush=True)
-                if time.monotonic() - began > budget_s:
-                    print("out of time; the next call goes on")
-                    return False
-            run = None
-            gc.collect()
-    return True
-
-
-# ------------------------------------------------------------ report
-
-
 def rows_of(path: Path) -> dict[str, dict[str, Any]]:
     """Rows by key; none where there is no file."""
     if not path.is_file():
@@ -273,46 +277,49 @@ def rows_of(path: Path) -> dict[str, dict[str, Any]]:
     return {row["key"]: row for row in rows if "key" in row}
 
 
-def table(plans: dict[str, dict[str, Any]], found: dict[str, dict[str, Any]]) -> list[str]:
-    """One line a cell: the plan, the best of the grid under the same cap, and whether the promise holds."""
-    head = ["cell", "plan", "s a step", "best of the grid", "s a step", "plan / best", "holds"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for key, plan in plans.items():
-        chosen, name = Setting(**plan["setting"]), " at ".join(key.rsplit("|", 1)) + " GiB"
-        under = [row for row in found.values() if row["key"].startswith(f"{key}|")]
-        ran = [row for row in under if row["step_s"] is not None]
-        best = min(ran, key=lambda row: row["step_s"], default=None)
-        own = found.get(f"{key}|{chosen.key}")
-        if not plan["fits"]:
-            verdict = "yes: nothing fits" if best is None else "**no: something fits**"
-            other = f"{Setting(**best['setting']).key} | {best['step_s']:.3f}" if best else "- |"
-            lines.append(f"| {name} | does not fit | | {other} | | {verdict if under or best is None else ''} |")
-        elif own is None:
-            lines.append(f"| {name} | {chosen.key} | not measured | | | | |")
-        elif own["step_s"] is None or best is None:
-            lines.append(f"| {name} | {chosen.key} | out of memory | | | | **no** |")
-        else:
-            share = best["step_s"] / own["step_s"]
-            verdict = "yes" if share >= ENOUGH else "**no**"
-            lines.append(
-                f"| {name} | {chosen.key} | {own['step_s']:.3f} | {Setting(**best['setting']).key} | "
-                f"{best['step_s']:.3f} | {share:.1%} | {verdict} |"
-            )
-    return [line.replace("|lora", ", LoRA").replace("|qlora", ", QLoRA") for line in lines]
+class _Missing(Exception):
+    """Something is not measured yet."""
 
 
-def report(plans: Path, measured: Path, out: Path) -> None:
-    found = rows_of(measured)
-    grid = [
-        f"| {row['key'].replace('|free|', ' | ').replace('|', ', ', 1)} | "
-        f"{'out of memory' if row['step_s'] is None else format(row['step_s'], '.3f')} | {row['reserved_MiB']:,.0f} |"
-        for row in found.values()
-        if "|free|" in row["key"]
-    ]
-    head = ["# Plans under memory caps", "", "Made by `python benchmarks/cap_grid.py report`.", ""]
-    grid_head = ["", "The grid without a cap:", "", "| model, method | setting | s a step | reserved MiB |"]
-    grid_head.append("|---|---|---|---|")
-    out.write_text("\n".join([*head, *table(rows_of(plans), found), *grid_head, *grid]) + "\n")
+def is_missing(subject: Subject, plans: dict[str, dict[str, Any]], done: dict[str, dict[str, Any]]) -> bool:
+    """Whether anything of a subject is not measured yet."""
+
+    def asked(*_: object) -> Outcome:
+        raise _Missing
+
+    try:
+        next(search(subject, list(grid_of(subject)), plans, CAPS_GIB, asked, dict(done)), None)
+    except _Missing:
+        return True
+    return False
+
+
+def measure(options: argparse.Namespace, plans: Path, out: Path) -> bool:
+    """Whether everything is measured now; every subject in a process of its own."""
+    began = time.monotonic()
+    for subject in subjects():
+        if options.only not in subject.key or not is_missing(subject, rows_of(plans), rows_of(out)):
+            continue
+        left_s = options.budget_s - (time.monotonic() - began)
+        arguments = ["--only", subject.key, "--budget-s", str(left_s), "--results", str(options.results), "--here"]
+        if left_s <= 0 or subprocess.run([sys.executable, __file__, "measure", *arguments], check=False).returncode:
+            return False
+    return True
+
+
+def measure_here(subject: Subject, plans: Path, out: Path, budget_s: float) -> bool:
+    """Whether all of one subject is measured now."""
+    began = time.monotonic()
+    settings, run = list(grid_of(subject)), gpu_run(subject)
+    done = rows_of(out)
+    with out.open("a") as file:
+        for row in search(subject, settings, rows_of(plans), CAPS_GIB, run, done):
+            print(json.dumps(row), file=file, flush=True)
+            print(f"{row['key']:60} {row['step_s']} {row['reserved_MiB']:.0f} MiB", flush=True)
+            if time.monotonic() - began > budget_s:
+                print("out of time; the next call goes on")
+                return False
+    return True
 
 
 def main() -> int:
@@ -321,15 +328,25 @@ def main() -> int:
     parser.add_argument("--only", default="")
     parser.add_argument("--budget-s", type=float, default=700)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--here", action="store_true", help="one subject, in this process")
     options = parser.parse_args()
-    plans, measured = options.results / "cap_grid_plans.jsonl", options.results / "cap_grid_measured.jsonl"
+    plans, measured, predicted = (
+        options.results / f"cap_grid_{name}.jsonl" for name in ("plans", "measured", "predicted")
+    )
     if options.mode == "plan":
         rows = [plan_row(subject, cap) for subject in subjects() for cap in CAPS_GIB]
         plans.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [row for subject in subjects() for row in predicted_rows(subject)]
+        predicted.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return 0
+    if options.mode == "measure" and options.here:
+        (subject,) = (one for one in subjects() if one.key == options.only)
+        return 0 if measure_here(subject, plans, measured, options.budget_s) else 3
     if options.mode == "measure":
-        return 0 if measure(plans, measured, options.budget_s, options.only) else 3
-    report(plans, measured, options.results / "cap_grid.md")
+        return 0 if measure(options, plans, measured) else 3
+    from cap_grid_report import report
+
+    report(rows_of(plans), rows_of(measured), rows_of(predicted), options.results / "cap_grid.md")
     return 0
 
 

@@ -29,24 +29,29 @@ GROUPS = {
     "16k": [
         ("laras", "qlora_full_16k"), ("laras", "lora_16k"), ("laras", "lora_full_16k"),
         ("16k", "unsloth_qlora_pack_gc"), ("16k", "unsloth_pack"), ("16k", "unsloth_pack_gc"),
-        ("laras", "qlora_full_16k@graph=1"), ("laras", "qlora_full_16k@offload=1"),
+        ("laras", "qlora_full_16k@graph=1"), ("laras", "qlora_full_16k@kind=offload"),
         ("8k", "trl_pad8_gc"), ("laras", "unoptimised"),
     ],
     "8k": [
         ("laras", "qlora_full_8k"), ("laras", "lora_8k"), ("laras", "lora_full_8k"),
         ("8k", "unsloth_qlora_pack_gc"), ("8k", "unsloth_pack"), ("8k", "unsloth_pack_gc"),
         ("7b", "unsloth_qlora_pack_gc"), ("laras", "7b_qlora_full_8k"),
-        ("laras", "qlora_full_8k@graph=1"), ("laras", "7b_qlora_full_8k@offload=1"),
+        ("laras", "qlora_full_8k@graph=1"), ("laras", "7b_qlora_full_8k@kind=offload"),
     ],
-    # What each change since v4 does to the case that it was made for, and what is not on by default.
+    # Inputs of layers in main memory beside the same with them on the card; then what each change since v4 does to the
+    # case that it was made for, and what is not on by default.
     "variants": [
+        ("laras", "qlora_full_16k@kind=offload"), ("laras", "qlora_full_16k"),
+        ("laras", "7b_qlora_full_8k@kind=offload"), ("laras", "7b_qlora_full_8k"),
+        ("laras", "qlora_full_8k@kind=offload"), ("laras", "qlora_full_8k"),
+        ("laras", "lora_full_16k@kind=offload"), ("laras", "lora_full_16k"),
+        ("laras", "qlora_full_16k@kind=offload,chunk=8192"),
         ("laras", "qlora_full_16k@unpack_kernel=0"),
         ("laras", "qlora_full_16k@qkv_again=0"), ("laras", "qlora_full_16k@middle_in_chunks=0"),
         ("laras", "qlora_full_16k@grouped_sums=0"), ("laras", "qlora_full_16k@product_in_up=0"),
         ("laras", "qlora_full_16k@own_halves=0"), ("laras", "qlora_full_16k@middle_in_place=0"),
         ("laras", "lora_16k@whole_heads=0"), ("laras", "lora_16k@grouped_sums=0"),
-        ("laras", "lora_full_16k@own_halves=0"), ("laras", "lora_full_16k@offload=1"),
-        ("laras", "qlora_full_16k@offload=1,chunk=8192"), ("laras", "qlora_full_16k@chunk=2048"),
+        ("laras", "lora_full_16k@own_halves=0"), ("laras", "qlora_full_16k@chunk=2048"),
         ("laras", "lora_selective_16k"), ("laras", "transformers_layers_16k"),
     ],
 }  # fmt: skip

@@ -10,8 +10,8 @@ The work: 512 examples of lognormal lengths (median 350, p95 1,500, cap 4,096 to
 random model of Qwen2.5's shape, LoRA r=16 on all linear layers, AdamW, clipping. Useful tokens are those of examples;
 warm-up steps are not timed. One JSON line a case, on stdout and in DIR/throughput.jsonl.
 
-`CASE@key=value,...` changes a case: a flag of `laras.models.fused.variant`, or a key of CASES. `--tiny` runs a tiny
-model on any device, to see that everything runs.
+`CASE@key=value,...` changes a case: a flag of `laras.models.fused.variant`, or a key of CASES, as in `kind=offload`.
+`--tiny` runs a tiny model on any device, to see that everything runs.
 """
 
 from __future__ import annotations
@@ -78,7 +78,10 @@ def resolve(name):
     known = {field.name for field in fields(variant.Variant)}
     for change in filter(None, changes.split(",")):
         key, _, value = change.partition("=")
-        (flags if key in known else case)[key] = bool(int(value)) if key in known else int(value)
+        if key in known:
+            flags[key] = bool(int(value))
+        else:
+            case[key] = int(value) if value.isdigit() else value
     return case, replace(variant.Variant(), **flags)
 
 
@@ -250,7 +253,8 @@ def measure(name, root, profile):
         "mfu": round(rate * flops / PEAK_FLOPS, 4), "useful_fraction": round(done / slots, 4) if slots else None,
         "loss": round(float(losses[-1]), 4), "captured": getattr(step, "is_captured", False),
         "gpu": torch.cuda.get_device_name() if on_gpu else "no GPU", "torch": torch.__version__, "fused": not plain,
-        "variant": vars(variant.CHOSEN), "chunk": choices_of(case).mlp_chunk_tokens, **profiled,
+        "variant": vars(variant.CHOSEN), "kind": case.get("kind", "none"), "chunk": choices_of(case).mlp_chunk_tokens,
+        **profiled,
     }  # fmt: skip
 
 

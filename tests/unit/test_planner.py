@@ -7,14 +7,14 @@ import pytest
 from laras.config import RunConfig
 from laras.errors import ConfigError
 from laras.planning.architecture import model_spec_from_config
-from laras.planning.candidates import device_budget_bytes
+from laras.planning.candidates import candidates, device_budget_bytes
 from laras.planning.catalogue import find_gpu
 from laras.planning.hardware import cpu_hardware
 from laras.planning.memory import context_bytes
 from laras.planning.planner import _eval_steps, _time, plan_training
 from laras.planning.trace import Segment, StepTrace
 from laras.planning.work import Work
-from laras.planning.workload import Workload
+from laras.planning.workload import Workload, workload
 
 
 def spec_of(hidden=4096, layers=32):
@@ -86,6 +86,60 @@ def test_remedies_of_what_cannot_fit_do_fit():
     card = next(text for text in result.remedies if text.endswith("GB) fits"))
     assert plan(card.split(" (")[0], load_in_4bit=False, **small).fits
     assert "finetuning_type: lora fits" in plan("t4", finetuning_type="full").remedies
+
+
+def wide_spec():
+    keys = {"num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064}
+    shape = {"hidden_size": 3584, "num_hidden_layers": 28, "max_position_embeddings": 32768}
+    return model_spec_from_config({"model_type": "qwen2", **shape, **keys}, "m")
+
+
+def plan_beside(gpu, main_memory_gib=None, **keys):
+    hardware = find_gpu(gpu).to_hardware()
+    if main_memory_gib is not None:
+        hardware = hardware.model_copy(update={"host_available_bytes": int(main_memory_gib * 2**30)})
+    return plan_training(RunConfig(**keys), None, None, wide_spec(), hardware)
+
+
+@pytest.mark.parametrize("checkpointing", ["auto", True])
+def test_inputs_of_layers_go_to_main_memory_where_nothing_else_makes_the_run_fit(checkpointing):
+    result = plan_beside("rtx 3060", max_length=16384, gradient_checkpointing=checkpointing)
+    assert result.fits
+    assert (result.choices.gradient_checkpointing, result.choices.checkpoint_kind) == (True, "offload")
+    tokens = result.choices.per_device_train_batch_size * 16384
+    inputs = 27 * tokens * 3584 * 2
+    assert inputs <= result.memory.host_bytes < 2 * inputs
+    assert "of main memory hold the inputs" in result.reasons["gradient_checkpointing"]
+    assert ("as configured" in result.reasons["gradient_checkpointing"]) == (checkpointing is True)
+
+
+def test_main_memory_is_a_limit_and_more_of_it_a_remedy_that_works():
+    assert plan_beside("rtx 3060", 64, max_length=16384).choices.checkpoint_kind == "offload"
+    small = plan_beside("rtx 3060", 4, max_length=16384)
+    assert not small.fits
+    assert small.memory.host_bytes == 0
+    assert "of which 2.0 GiB may be taken" in small.reasons["gradient_checkpointing"]
+    remedy = next(text for text in small.remedies if "main memory" in text)
+    assert remedy.endswith("of free main memory instead of 4.0 GiB fits")
+    assert plan_beside("rtx 3060", float(remedy.split()[0]), max_length=16384).fits
+
+
+def test_what_fits_on_the_card_at_the_same_size_stays_there():
+    config = RunConfig(max_length=4096, load_in_4bit=True)
+    work = workload(config, None, None, wide_spec())
+    found = candidates(config, wide_spec(), find_gpu("l4").to_hardware(), "bf16", work)
+    by_size = {}
+    for one in found:
+        by_size.setdefault(one.case.micro_batch, {})[one.case.checkpoint_kind] = one
+    for kinds in by_size.values():
+        assert kinds["offload"].tokens_per_s < kinds["full"].tokens_per_s < 1.02 * kinds["offload"].tokens_per_s
+        assert kinds["offload"].memory.train_peak_allocated_bytes < kinds["full"].memory.train_peak_allocated_bytes
+    assert not any(
+        one.case.checkpoint_kind == "offload"
+        for one in candidates(
+            config.model_copy(update={"load_in_4bit": False}), wide_spec(), cpu_hardware(), "fp32", work
+        )
+    )
 
 
 def test_full_precision_comes_before_speed():

@@ -102,10 +102,11 @@ def _alternatives_table(plan: TrainPlan) -> Table:
     for name in ("micro-batch", "checkpointing", "packing", "4-bit", "memory", "tokens/s", ""):
         table.add_column(name, no_wrap=True, justify="right" if name in ("memory", "tokens/s") else "left")
     for other in plan.alternatives[:2]:
-        flags = (other.gradient_checkpointing, other.packing, other.load_in_4bit)
+        kind = other.checkpoint_kind if other.gradient_checkpointing else "off"
         table.add_row(
             str(other.per_device_train_batch_size),
-            *("on" if flag else "off" for flag in flags),
+            "on" if kind == "none" else kind,
+            *("on" if flag else "off" for flag in (other.packing, other.load_in_4bit)),
             _gib(other.train_peak_allocated_bytes),
             f"{other.tokens_per_s:,.0f}",
             "fits" if other.fits else "does not fit",
@@ -122,6 +123,11 @@ def _show_memory(console: Console, plan: TrainPlan) -> None:
     for name, size in [*rows, ("may be used", memory.device_budget_bytes)]:
         bar = "#" * min(_BAR_CHARS, round(_BAR_CHARS * size / largest))
         console.print(f"  {name:<14} {bar:<{_BAR_CHARS}} {_gib(size):>10}", markup=False)
+    if memory.host_bytes:
+        console.print(
+            f"  {'main memory':<14} {'held beside it, pinned':<{_BAR_CHARS}} {_gib(memory.host_bytes):>10}",
+            markup=False,
+        )
 
 
 def _gib(size_bytes: int) -> str:

@@ -17,8 +17,10 @@ from laras.planning.candidates import (
     bin_fill,
     candidates,
     fused_possible,
+    host_budget_bytes,
     packing_refusal,
 )
+from laras.planning.fused_memory import offloaded_bytes
 from laras.planning.precision import choose_precision
 from laras.planning.remedies import find_remedies
 from laras.planning.selection import resolved_choices, select
@@ -165,14 +167,6 @@ def _reasons(
     padding = 1 - work.mean_tokens / max(1, work.expected_longest(case.micro_batch))
     refusal = packing_refusal(config, spec, hardware, precision, work)
     packing = f"off: {refusal}" if refusal else f"on: padding would be {padding:.0%} of the tokens"
-    uncheckpointed = [one for one in found if not one.case.checkpointing and one.quantised == best.quantised]
-    checkpointing = "off: everything fits, and recomputing costs time"
-    if case.checkpointing:
-        least = min((one.memory.train_peak_reserved_bytes for one in uncheckpointed), default=0)
-        fits_without = any(one.fits for one in uncheckpointed)
-        checkpointing = f"on ({case.checkpoint_kind}): without it at least {_gib(least)} are needed"
-        if fits_without:
-            checkpointing = f"on ({case.checkpoint_kind}): larger micro-batches gain more than recomputing costs"
     wide = [one for one in found if not one.quantised]
     four_bit = f"16-bit weights fit {hardware.gpu_name}" if precision != "fp32" else "unquantised weights fit"
     if case.weights == "nf4" and wide:
@@ -187,7 +181,7 @@ def _reasons(
         "per_device_train_batch_size": verdict if config.per_device_train_batch_size == "auto" else given,
         "gradient_accumulation_steps": f"keeps {config.effective_batch_size} examples an optimizer step"
         + (" on average" if best.packing else ""),
-        "gradient_checkpointing": checkpointing if config.gradient_checkpointing == "auto" else given,
+        "gradient_checkpointing": _checkpointing_reason(config, spec, hardware, found, best),
         "packing": packing if config.packing == "auto" else given,
         "load_in_4bit": four_bit if config.load_in_4bit == "auto" else given,
         "optim": _optim_reason(config, hardware, best),
@@ -205,6 +199,38 @@ def _reasons(
         if config.eval_steps == "auto"
         else given,
     }
+
+
+def _checkpointing_reason(
+    config: RunConfig, spec: ModelSpec, hardware: HardwareSpec, found: list[Candidate], best: Candidate
+) -> str:
+    """Why activations are computed again, and where what is kept of them is."""
+    case, kind = best.case, best.case.checkpoint_kind
+    alike = [one for one in found if one.quantised == best.quantised]
+    is_open = config.gradient_checkpointing == "auto"
+    if not case.checkpointing:
+        return "off: everything fits, and recomputing costs time" if is_open else "as configured"
+    said = ["as configured"]
+    if is_open:
+        said = [_why_not([one for one in alike if not one.case.checkpointing], "without it", "recomputing")]
+    if kind == "offload":
+        whole = [one for one in alike if one.case.checkpoint_kind == "full"]
+        said.append(_why_not(whole, "with inputs of layers on the card", "copying them"))
+        said.append(f"{_gib(best.memory.host_bytes)} of main memory hold the inputs")
+    elif kind == "full" and case.fused and hardware.kind == "cuda":
+        element = 4 if case.precision == "fp32" else 2
+        needed = offloaded_bytes(spec, case.micro_batch * case.length_tokens, element)
+        room = host_budget_bytes(hardware)
+        if needed > room:
+            said.append(f"their inputs would need {_gib(needed)} of main memory, of which {_gib(room)} may be taken")
+    return f"on ({kind}): {'; '.join(said)}"
+
+
+def _why_not(others: list[Candidate], words: str, cost: str) -> str:
+    if any(one.fits for one in others):
+        return f"larger micro-batches gain more than {cost} costs"
+    least = min((one.memory.train_peak_reserved_bytes for one in others), default=0)
+    return f"{words} at least {_gib(least)} are needed"
 
 
 def _optim_reason(config: RunConfig, hardware: HardwareSpec, best: Candidate) -> str:
@@ -234,8 +260,9 @@ def _alternative(candidate: Candidate) -> Alternative:
         train_peak_allocated_bytes=candidate.memory.train_peak_allocated_bytes,
         tokens_per_s=candidate.tokens_per_s,
         fits=candidate.fits,
+        checkpoint_kind=case.checkpoint_kind,
     )
 
 
-def _gib(size_bytes: int) -> str:
+def _gib(size_bytes: float) -> str:
     return f"{size_bytes / _GIB:.1f} GiB"

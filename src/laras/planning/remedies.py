@@ -7,7 +7,7 @@ from typing import Any
 
 from laras.config import RunConfig
 from laras.errors import LarasError
-from laras.planning.candidates import HOST_SHARE, candidates, has_bitsandbytes
+from laras.planning.candidates import HOST_SHARE, candidates, has_bitsandbytes, host_budget_bytes
 from laras.planning.catalogue import CATALOGUE
 from laras.planning.precision import choose_precision
 from laras.planning.workload import workload
@@ -48,11 +48,11 @@ def find_remedies(
     def fits(changed: RunConfig, device: HardwareSpec) -> bool:
         return bool(fitting(changed, device))
 
-    # Inputs of layers would fit there; how much of it may be taken is a limit, not how much there is.
-    free = hardware.host_available_bytes
-    if free is not None and (roomy := fitting(config, hardware.model_copy(update={"host_available_bytes": None}))):
-        needed = min(one.host_bytes for one in roomy) / HOST_SHARE
-        found.append(f"{needed / _GIB:.1f} GiB of free main memory, where {free / _GIB:.1f} GiB are, fits")
+    roomy = fitting(config, hardware.model_copy(update={"host_available_bytes": None}))
+    needs = [one.host_bytes for one in roomy if one.host_bytes > host_budget_bytes(hardware)]
+    if needs:
+        free = (hardware.host_available_bytes or 0) / _GIB
+        found.append(f"{min(needs) / HOST_SHARE / _GIB:.1f} GiB of free main memory instead of {free:.1f} GiB fits")
     for text, changes in _changes(config, hardware):
         if fits(config.model_copy(update=changes), hardware):
             found.append(f"{text} fits")
