@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from laras.models.counting import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, pointwise
 from laras.models.recording import Recorder
-from laras.planning.throughput import COPY_CALLS
+from laras.planning.step_forms import COPY_CALLS
 from laras.planning.work import WorkCounter
 from laras.records import HardwareSpec, Precision
 
