@@ -246,6 +246,18 @@ def test_runs_with_different_test_sets_are_not_ranked(run, tmp_path):
     assert "different validation and test sets" in write_report([run, other], tmp_path / "page.html").read_text()
 
 
+def test_main_memory_that_a_plan_takes_is_said(tmp_path, html):
+    assert "of main memory" not in html
+    run = write_example_run(tmp_path / "run", steps=30)
+    plan = TrainPlan.load(run)
+    other = plan.alternatives[0].model_copy(update={"checkpoint_kind": "offload"})
+    memory = plan.memory.model_copy(update={"host_bytes": 3 * 2**29})
+    plan.model_copy(update={"memory": memory, "alternatives": (other,)}).save(run)
+    page = write_report([run]).read_text(encoding="utf-8")
+    assert "inputs of layers hold 1.50 GiB of main memory" in page
+    assert "<td>offload</td>" in page
+
+
 def test_a_plan_far_from_what_is_measured_leaves_the_curves_their_scale(tmp_path):
     run = write_example_run(tmp_path / "run", steps=30)
     plan = TrainPlan.load(run)
