@@ -288,6 +288,7 @@ def main() -> None:
     parser.add_argument("--only", choices=("kills", "disk", "tmpfs", "flat"))
     parser.add_argument("--gpu", action="store_true", help="at least 12 kills of runs on a GPU, and nothing else")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="of --gpu")
+    parser.add_argument("--limit-s", type=float, default=100, help="of --gpu: seconds after which no kill comes")
     parser.add_argument("--gpu-session", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.gpu_session:
@@ -295,6 +296,15 @@ def main() -> None:
         return
     only = "gpu" if arguments.gpu else arguments.only
     results: dict[str, Any] = json.loads(path.read_text()) if (path := arguments.results).exists() else {}
+
+    def keep(name: str, found: Any) -> None:
+        results[name] = found
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(results, indent=2) + "\n")
+
+    def keep_gpu(found: Any) -> None:
+        keep("gpu", found)  # whoever is cut short has told so much
+
     stages: dict[str, Callable[[Path], Any]] = {
         "kills": lambda folder: sweep_kills(
             folder, arguments.kills or 200, arguments.seed, tuple(arguments.scenarios.split(","))
@@ -302,16 +312,15 @@ def main() -> None:
         "disk": sweep_full_disks,
         "tmpfs": lambda folder: sweep_small_disks(folder, arguments.disks),
         "flat": lambda folder: wear(folder, arguments.steps),
-        "gpu": lambda folder: faults_gpu.sweep(folder, arguments.kills or 12, arguments.seed, arguments.device),
+        "gpu": lambda folder: faults_gpu.sweep(
+            folder, arguments.kills or 12, arguments.seed, arguments.device, arguments.limit_s, keep_gpu
+        ),
     }
     for name, stage in stages.items():
         if only == name or (only is None and name != "gpu"):
             with tempfile.TemporaryDirectory(prefix="laras-faults-") as folder:
                 started = time.monotonic()
-                results[name] = stage(Path(folder))
-                results[name]["elapsed_s"] = round(time.monotonic() - started)
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=2) + "\n")
+                keep(name, {**stage(Path(folder)), "elapsed_s": round(time.monotonic() - started)})
     print(f"written to {path}")
 
 

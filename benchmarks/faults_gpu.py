@@ -1,12 +1,14 @@
 """Runs on a GPU in deterministic mode, killed at random instants: they must end with the bytes of one that was not.
 
-    python benchmarks/faults.py --gpu                 # about five minutes of a GPU; the package has to be installed
+    python benchmarks/faults.py --gpu                 # two minutes of a GPU; the package has to be installed
     python benchmarks/faults.py --gpu --device cpu    # the same logic without one
 
-Each session is a process of its own, as a process that has used CUDA cannot be forked. It loads the libraries while the
-session before it still runs, and waits; so that the time on the device goes to training. A kill comes at a random
-instant after training has begun, saving and evaluating included. The runs are those of the product: the model is
-built as a plan says, with the fused layers and kernels where they serve, and with a rehearsal.
+Each session is a process of its own, as a process that has used CUDA cannot be forked. It loads the libraries while
+sessions before it still run, and waits, so that the time on the device goes to training; with enough cores the
+scenarios run side by side. A kill comes at a random instant after training has begun, saving and evaluating included.
+The runs are those of the product: the model is built as a plan says, with the fused layers and kernels where they
+serve, and with a rehearsal. What is known is written after every kill and every run; a kill counts once its run has
+ended.
 
 padded       layers of transformers, float32, dropout
 packed       fused layers, bf16 on a GPU, packed documents, checkpointed layers
@@ -20,7 +22,11 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -81,81 +87,126 @@ class Session:
 
 
 class Sessions:
-    """Sessions, of which one is always loading ahead."""
+    """Sessions, of which some are always loading ahead."""
 
-    def __init__(self, device: str) -> None:
-        self._device = device
-        self._next = Session(device)
+    def __init__(self, device: str, ahead: int) -> None:
+        self._device, self._lock = device, threading.Lock()
+        self._waiting = [Session(device) for _ in range(ahead)]
 
     def take(self) -> Session:
-        """One that is loading or loaded."""
-        taken, self._next = self._next, Session(self._device)
-        return taken
+        """The one that has been loading for the longest."""
+        with self._lock:
+            self._waiting.append(Session(self._device))
+            return self._waiting.pop(0)
 
     def close(self) -> None:
-        """Ends the one that nobody took."""
-        self._next.end(0.0)
+        """Ends those that nobody took."""
+        for session in self._waiting:
+            session.end(0.0)
 
 
-def sweep(folder: Path, wanted: int, seed: int, device: str) -> dict[str, Any]:
-    """At least `wanted` kills over the scenarios, in turn."""
-    random_, started = random.Random(seed), time.monotonic()
+class Sweep:
+    """Kills runs of every scenario, and keeps what is known.
+
+    Args:
+        folder: For the runs; holds the base model.
+        wanted: Kills of runs that have ended, over all scenarios.
+        seed: Of the instants.
+        limit_s: Seconds after which nothing is killed any more, so that what runs can end.
+        sessions: Where they come from.
+        keep: Told the report whenever it changes.
+    """
+
+    def __init__(
+        self, folder: Path, wanted: int, seed: int, limit_s: float, sessions: Sessions,
+        keep: Callable[[dict[str, Any]], None],
+    ) -> None:  # fmt: skip
+        self.report: dict[str, Any] = {}
+        self._folder, self._wanted, self._seed, self._sessions, self._keep = folder, wanted, seed, sessions, keep
+        self._started, self._limit_s, self._lock = time.monotonic(), limit_s, threading.Lock()
+
+    def run(self, name: str) -> None:
+        """One scenario, until there are enough kills or no time is left; one run at least."""
+        expected, duration_s = self._reference(name)
+        random_, number = random.Random(f"{self._seed} {name}"), 0
+        while number == 0 or not self._is_over():
+            number += 1
+            run_dir = self._folder / f"{name}-{number}"
+            kills, saving = self._kill_until_done(run_dir, name, duration_s, random_)
+            different = differences(whole_outcome(run_dir), expected)
+            with self._lock:
+                entry = self.report[name]
+                entry["runs"] += 1
+                entry["kills"] += kills
+                entry["while saving"] += saving
+                entry["different"] += bool(different)
+                entry["kills of the run that has not ended"] = 0
+                print(f"gpu: {name}: {entry} {different}", flush=True)
+                self._tell()
+
+    def _reference(self, name: str) -> tuple[dict[str, Any], float]:
+        run_dir = self._folder / f"{name}-whole"
+        session = self._sessions.take()
+        session.begin(run_dir, name)
+        began = time.monotonic()
+        device = session.device_name()
+        if (status := session.end(None)) != 0:
+            raise RuntimeError(f"{name}: the run that nobody disturbs ended with {status}")
+        duration_s = time.monotonic() - began
+        with self._lock:
+            self.report["device"] = device
+            self.report[name] = {
+                "runs": 0, "kills": 0, "while saving": 0, "different": 0, "run_s": round(duration_s, 1),
+                "kills of the run that has not ended": 0,
+            }  # fmt: skip
+        return whole_outcome(run_dir), duration_s
+
+    def _is_over(self) -> bool:
+        with self._lock:
+            kills = sum(entry["kills"] for entry in self.report.values() if isinstance(entry, dict))
+        return kills >= self._wanted or time.monotonic() - self._started > self._limit_s
+
+    def _kill_until_done(self, run_dir: Path, name: str, duration_s: float, random_: random.Random) -> tuple[int, int]:
+        """Kills and resumes one run until it ends; returns the kills, and how many of them hit a saving."""
+        saving = 0
+        for kills in range(_MAX_SESSIONS):
+            session = self._sessions.take()
+            session.begin(run_dir, name)
+            # Short, for many kills of a run; later sessions get longer, so that every run comes to its end.
+            limit_s = duration_s * random_.uniform(0.05, 0.5) * (1 + kills / 6)
+            is_late = time.monotonic() - self._started > self._limit_s
+            status = session.end(None if is_late and kills else limit_s)
+            if status == 0:
+                return kills, saving
+            if status != -9:
+                raise RuntimeError(f"{run_dir.name}: a session ended with {status}")
+            saving += any(path.name.endswith((".partial", ".old", ".removed")) for path in run_dir.rglob(".*"))
+            with self._lock:
+                self.report[name]["kills of the run that has not ended"] = kills + 1
+                self._tell()
+        raise RuntimeError(f"{run_dir.name}: not done after {_MAX_SESSIONS} sessions")
+
+    def _tell(self) -> None:
+        self._keep({**self.report, "elapsed_s": round(time.monotonic() - self._started)})
+
+
+def sweep(
+    folder: Path, wanted: int, seed: int, device: str, limit_s: float, keep: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """At least `wanted` kills over the scenarios, if the time allows."""
     names = [name for name in SCENARIOS if name != "qlora_8bit" or find_spec("bitsandbytes")]
-    report: dict[str, Any] = {}
-    sessions = Sessions(device)
+    cores = len(os.sched_getaffinity(0))
+    lanes = len(names) if cores >= 2 * len(names) else 1
+    sessions = Sessions(device, 2 * lanes if cores >= 4 * lanes else 1)
+    one = Sweep(folder, wanted, seed, limit_s, sessions, keep)
     try:
         make_base(folder / "base")
-        references = {}
-        for name in names:
-            session = sessions.take()
-            session.begin(folder / f"{name}-whole", name)
-            began = time.monotonic()
-            report["device"] = session.device_name()
-            if (status := session.end(None)) != 0:
-                raise RuntimeError(f"{name}: the run that nobody disturbs ended with {status}")
-            references[name] = (whole_outcome(folder / f"{name}-whole"), time.monotonic() - began)
-            report[name] = {
-                "runs": 0,
-                "kills": 0,
-                "while saving": 0,
-                "different": 0,
-                "run_s": round(references[name][1], 1),
-            }
-        number = 0
-        while sum(report[name]["kills"] for name in names) < wanted:
-            name = names[number % len(names)]
-            number += 1
-            expected, duration_s = references[name]
-            kill_until_done(folder / f"{name}-{number}", name, duration_s, sessions, random_, report[name])
-            different = differences(whole_outcome(folder / f"{name}-{number}"), expected)
-            report[name]["runs"] += 1
-            report[name]["different"] += bool(different)
-            print(f"gpu: {name}: {report[name]} {different}", flush=True)
+        with ThreadPoolExecutor(lanes) as pool:
+            for done in [pool.submit(one.run, name) for name in names]:
+                done.result()
     finally:
         sessions.close()
-    report["elapsed_s"] = round(time.monotonic() - started)
-    return report
-
-
-def kill_until_done(
-    run_dir: Path, name: str, duration_s: float, sessions: Sessions, random_: random.Random, counts: dict[str, Any]
-) -> None:
-    """Kills and resumes one run until it ends."""
-    for attempt in range(_MAX_SESSIONS):
-        session = sessions.take()
-        session.begin(run_dir, name)
-        # The first session of a run is killed for certain; later ones get longer, so that every run comes to its end.
-        limit_s = duration_s * (random_.uniform(0.1, 0.9) if attempt == 0 else random_.uniform(0, 1 + attempt / 4))
-        status = session.end(limit_s)
-        if status == 0:
-            return
-        if status != -9:
-            raise RuntimeError(f"{run_dir.name}: a session ended with {status}")
-        counts["kills"] += 1
-        counts["while saving"] += any(
-            path.name.endswith((".partial", ".old", ".removed")) for path in run_dir.rglob(".*")
-        )
-    raise RuntimeError(f"{run_dir.name}: not done after {_MAX_SESSIONS} sessions")
+    return one.report
 
 
 def whole_outcome(run_dir: Path) -> dict[str, Any]:
@@ -187,6 +238,8 @@ def make_base(folder: Path) -> None:
 
 def run_session(device: str) -> None:
     """Loads, waits for one line of standard input, trains, and tells where it is."""
+    with suppress(ImportError):
+        import bitsandbytes  # noqa: F401 - so that it is there when it is wanted
     import torch
 
     import tiny_training as tiny
@@ -200,6 +253,8 @@ def run_session(device: str) -> None:
     from laras.training.run import run_training
 
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # as `laras train` does
+    if device == "cuda":
+        torch.zeros(1, device="cuda")  # the context takes a second or two
     request = json.loads(sys.stdin.readline())
     run_dir, changed = Path(request["run_dir"]), dict(SCENARIOS[request["scenario"]])
     if device == "cpu":

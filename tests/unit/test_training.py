@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from laras.progress import StepReport
 from laras.records import RunResult
 from laras.training.checkpoints import verify_checkpoint
 from tiny_training import SCENARIOS, Recorder, Scenario, metrics, parameters, train
@@ -86,3 +90,31 @@ def test_metrics_have_the_documented_names(tmp_path: Path) -> None:
     assert {"step", "epoch", "time_s", "loss", "grad_norm", "learning_rate", "tokens_per_s"} <= step.keys()
     assert {"memory/rss_bytes", "memory/used_fraction", "memory/planned_peak_bytes"} <= step.keys()
     assert {"eval_loss", "eval_perplexity", "eval_token_accuracy"} <= evaluation.keys()
+
+
+class Walks(Recorder):
+    """Counts, step by step, how often somebody went through all modules of a model."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.count, self.by_step = 0, []
+        for name in ("named_modules", "train", "_named_members"):
+            monkeypatch.setattr(nn.Module, name, self.counting(getattr(nn.Module, name)))
+
+    def counting(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*given: Any, **named: Any) -> Any:
+            self.count += 1
+            return original(*given, **named)
+
+        return counted
+
+    def step_finished(self, report: StepReport) -> None:
+        super().step_finished(report)
+        self.by_step.append(self.count)
+
+
+def test_a_step_walks_through_no_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    walks = Walks(monkeypatch)
+    train(tmp_path, Scenario(2, 2, choices={"eval_steps": 100, "save_steps": 100}), observer=walks)
+    assert len(walks.by_step) == 12 and walks.by_step[0] > 0
+    assert len(set(walks.by_step)) == 1

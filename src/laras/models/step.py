@@ -63,6 +63,14 @@ def shifted_labels(labels_BT: Tensor) -> Tensor:
     return nn.functional.pad(labels_BT[:, 1:], (0, 1), value=IGNORE_INDEX)
 
 
+def target_positions(labels_BT: Tensor) -> Tensor:
+    """Where, in the flattened batch, the hidden states are that predict a target: int64 of shape (N,).
+
+    On a GPU it waits for the device. Batches of `laras.data.pack` bring it with them, as `target_positions`.
+    """
+    return (shifted_labels(labels_BT).flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+
+
 def model_inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The part of a batch that the model's forward takes; labels stay outside."""
     return {key: value for key, value in batch.items() if key not in ("labels", "target_positions")}
@@ -102,7 +110,7 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     targets_BT = shifted_labels(batch["labels"])
     positions = batch.get("target_positions")
     if positions is None:
-        positions = (targets_BT.flatten() != IGNORE_INDEX).nonzero().squeeze(1)
+        positions = target_positions(batch["labels"])
     hidden_ND = hidden_BTD.flatten(0, 1)[positions]
     return chunked_nll(hidden_ND, head.weight, head.bias, targets_BT.flatten()[positions], path.loss_chunk_tokens)
 

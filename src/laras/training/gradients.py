@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from laras.errors import LarasError
-from laras.models.step import TrainStep
+from laras.models.step import TrainStep, target_positions
 from laras.training import oom
 from laras.training.batches import MicroBatch, StepRows, TrainBatches
 from laras.training.processes import raise_in_all, sum_gradients
@@ -121,7 +121,7 @@ class StepGradients:
         self._ready.clear()
         for micro in rows.micro_batches[self._rank :: self._processes]:
             for piece in self._batches.cut(micro, self._counters.split_level):
-                self._ready[tuple(piece)] = self._batches.collate(piece, self._counters.split_level)
+                self._ready[tuple(piece)] = self._collate(piece)
 
     def rehearse(self, micro: MicroBatch) -> None:
         """One micro-batch forward and backward; its gradient is the caller's to remove."""
@@ -141,8 +141,15 @@ class StepGradients:
                 total += self._step(self._on_device(piece), scale_tensor)
         return total
 
+    def _collate(self, piece: MicroBatch) -> dict[str, Tensor]:
+        """On CPU, with what the device would else be waited for to find out."""
+        batch = self._batches.collate(piece, self._counters.split_level)
+        if "target_positions" not in batch:
+            batch["target_positions"] = target_positions(batch["labels"])
+        return batch
+
     def _on_device(self, piece: MicroBatch) -> dict[str, Tensor]:
-        batch = self._ready.pop(tuple(piece), None) or self._batches.collate(piece, self._counters.split_level)
+        batch = self._ready.pop(tuple(piece), None) or self._collate(piece)
         if self._device.type != "cuda":
             return batch
         return {name: value.pin_memory().to(self._device, non_blocking=True) for name, value in batch.items()}

@@ -83,6 +83,7 @@ class LoraGroup:
                     view = self.storage[rows, : self.inputs]
                     view.copy_(base.weight)
                     base.weight.data = view
+        self._places = [self._place(*place) for place in zip(self._rows(), self._ranks(), strict=True)]
 
     @property
     def is_quantized(self) -> bool:
@@ -103,18 +104,15 @@ class LoraGroup:
             return
         self._versions = versions
         with torch.no_grad():
-            for index, (rows, ranks) in enumerate(zip(self._rows(), self._ranks(), strict=True)):
-                a, b = self.adapters[2 * index], self.adapters[2 * index + 1]
-                scale = self._scale(index)
-                if self._is_quantized:
-                    self._factors[ranks, : self.inputs].copy_(a)
-                    torch.mul(b.t(), scale, out=self._factors[ranks, self.inputs :][:, rows])
-                else:
-                    below, beside = self._place(rows, ranks)
-                    below.copy_(a)
-                    torch.mul(b, scale, out=beside)
+            for index, (below, beside) in enumerate(self._places):
+                b = self.adapters[2 * index + 1]
+                below.copy_(self.adapters[2 * index])
+                torch.mul(b.t() if self._is_quantized else b, self._scale(index), out=beside)
 
     def _place(self, rows: slice, ranks: slice) -> tuple[Tensor, Tensor]:
+        """Views of where a layer's adapter goes; cutting them out anew takes longer than the copy."""
+        if self._is_quantized:
+            return self._factors[ranks, : self.inputs], self._factors[ranks, self.inputs :][:, rows]
         below = self.storage[self.outputs :, : self.inputs][ranks]
         return below, self.storage[rows, self.inputs :][:, ranks]
 
