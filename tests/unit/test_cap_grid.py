@@ -55,7 +55,9 @@ def test_the_best_under_a_cap_is_the_fastest_that_does_not_run_out(grid, world):
     assert [cap for _, cap in ran] == [None] * 4 + [36, 36] + [79]
     assert ran[4][0] == settings[2]  # the plan first; it is the best as well, once 35 GiB have run out
     assert ran[5][0] == settings[1]
-    lines = grid.table(plans, {row["key"]: row for row in rows})
+    from cap_grid_report import table
+
+    lines = table(plans, {row["key"]: row for row in rows})
     assert lines[2].endswith("| yes |")
     assert "100.0% | yes" in lines[3]
     assert "yes: nothing fits" in lines[4]
@@ -66,7 +68,9 @@ def test_a_plan_that_is_slow_or_runs_out_is_said(grid, world):
     subject, settings = grid.Subject("m", four_bit=True), list(facts)
     plans = {"m|qlora|79": plan_of(settings[3]), "m|qlora|36": plan_of(settings[0])}
     rows = {row["key"]: row for row in grid.search(subject, settings, plans, (36, 79), run, {})}
-    slow, out = grid.table(plans, rows)[2:]
+    from cap_grid_report import table
+
+    slow, out = table(plans, rows)[2:]
     assert slow.endswith("50.0% | **no** |")
     assert "out of memory" in out
     assert out.endswith("**no** |")
@@ -96,12 +100,48 @@ def test_the_grid_is_the_planners_and_its_settings_run(grid, monkeypatch, tmp_pa
     monkeypatch.setattr(grid, "EFFECTIVE", 4)
     subject = grid.Subject("tiny", four_bit=False)
     settings = grid.grid_of(subject, length=32)
-    assert {setting.kind for setting in settings} == {"none", "selective", "full"}
+    assert {setting.kind for setting in settings} == {"none", "selective", "full", "offload"}
     assert {(setting.micro, setting.accumulation) for setting in settings} == {(1, 4), (2, 2), (4, 1)}
     row = grid.plan_row(subject, 15, length=32)
     assert row["fits"]
     assert grid.Setting(**row["setting"]) in settings
-    run = grid.gpu_run(subject)
-    for setting in settings[:2]:
-        outcome = run(setting, 15)
+    rows = {one["key"]: one for one in grid.predicted_rows(subject, length=32)}
+    assert set(rows) == {f"tiny|lora|{setting.key}" for setting in settings}
+    made = []
+    monkeypatch.setattr(grid, "optimizer_of", lambda *given: made.append(optimizer_of(*given)) or made[-1])
+    optimizer_of = __import__("memory").optimizer_of
+    run = grid.gpu_run(subject, 32)
+    for kind in ("none", "full"):
+        outcome = run(grid.Setting(2, 2, kind), 15)
         assert outcome.step_s > 0
+        # One step and the timed ones: the states are this setting's own.
+        assert {int(state["step"]) for state in made[0].state.values()} == {1 + grid.TIMED_STEPS}
+
+
+def test_what_is_missing_is_known_without_running_anything(grid, world, monkeypatch):
+    facts, _, run = world
+    monkeypatch.setattr(grid, "grid_of", lambda subject: facts)
+    subject, plans = grid.Subject("m", four_bit=False), {"m|lora|79": plan_of(next(iter(facts)))}
+    done = {}
+    rows = list(grid.search(subject, list(facts), plans, grid.CAPS_GIB, run, done))
+    assert not grid.is_missing(subject, plans, done)
+    for row in rows:
+        assert grid.is_missing(subject, plans, {key: one for key, one in done.items() if key != row["key"]})
+
+
+def test_the_report_says_how_far_off_predictions_are_and_leaves_out_what_is_not_a_settings_own(grid, tmp_path):
+    from cap_grid_report import report
+
+    setting = {"micro": 4, "accumulation": 4, "kind": "full"}
+    found = {
+        "m|lora|free|4x4|full": {"setting": setting, "step_s": 1.0, "allocated_MiB": 1000.0, "reserved_MiB": None},
+        "m|lora|79|4x4|full": {"setting": setting, "step_s": 1.1, "allocated_MiB": 1000.0, "reserved_MiB": 1500.0},
+    }
+    found = {key: {"key": key, **row} for key, row in found.items()}
+    plans = {"m|lora|79": plan_of(grid.Setting(**setting))}
+    predicted = {"m|lora|4x4|full": {"allocated_MiB": 1010.0}, "m|lora|4x4|none": {"allocated_MiB": 1.0}}
+    report(plans, found, predicted, tmp_path / "grid.md")
+    text = (tmp_path / "grid.md").read_text()
+    assert "| m, lora | 4x4, full | 1.000 | 1,000 | +1.00% | - |" in text
+    assert "over 1 of the 2 settings" in text
+    assert "+10% to +10% longer" in text
