@@ -157,6 +157,14 @@ def cases() -> list[Case]:
             Case(model, "full, paged_adamw_8bit", {**base, "finetuning_type": "full", "optim": "paged_adamw_8bit"}),
             Case(model, "full, adamw_torch", {**base, "finetuning_type": "full", "optim": "adamw_torch"}),
         ]
+    # Inputs of layers in main memory; at the end, so that the golden ones stay those that they were.
+    sent = {**packed, **_ckpt("offload"), "per_device_train_batch_size": 4, "per_device_eval_batch_size": 2}
+    rest += [
+        Case("qwen2.5-7b", "nf4, packed, offload", {**sent, "max_length": 1024, "load_in_4bit": True}),
+        Case("llama-3.2-1b", "packed, offload", {**sent, "max_length": 2048}),
+        Case("qwen2.5-0.5b", "padded, offload", {**sent, "max_length": 2048, "packing": False, "attention": "sdpa"}),
+        Case("qwen2.5-1.5b", "nf4, packed, offload", {**sent, "max_length": 2048, "load_in_4bit": True}),
+    ]
     return first + rest
 
 
