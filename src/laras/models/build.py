@@ -25,7 +25,6 @@ from laras.models.step import ExecutionPath
 from laras.progress import Observer
 from laras.records import PlanChoices
 
-
 _WORTH_SAYING_S = 1.0  # Triton keeps what it has compiled, so a second run has nothing to say
 
 
@@ -40,9 +39,9 @@ def build_model(config: RunConfig, choices: PlanChoices, device: str, observer: 
 
     Raises:
         ConfigError: The model cannot be loaded.
+    """
     if choices.backend == "unsloth":
         return _unsloth_model(config, choices, observer)
-    """
     register_attention()
     model = _base(config, choices, device)
     if choices.finetuning_type == "lora":
@@ -70,6 +69,7 @@ def build_model(config: RunConfig, choices: PlanChoices, device: str, observer: 
     model.train()
     return model
 
+
 def _unsloth_model(config: RunConfig, choices: PlanChoices, observer: Observer) -> Any:
     model = unsloth.build_layers(config, choices)
     states = partial(unsloth.hidden_states, dtype=torch_dtype(choices.precision))
@@ -79,7 +79,6 @@ def _unsloth_model(config: RunConfig, choices: PlanChoices, observer: Observer) 
     observer.message("layers of Unsloth")
     model.train()
     return model
-
 
 
 def _base(config: RunConfig, choices: PlanChoices, device: str) -> Any:
@@ -134,6 +133,7 @@ def _path(model: nn.Module, choices: PlanChoices, observer: Observer) -> Executi
         mlp_chunk=choices.mlp_chunk_tokens,
         loss_chunk=choices.loss_chunk_tokens,
         longest_tokens=choices.max_length,
+        observer=observer,
     )
     if next(model.parameters()).device.type == "cpu":
         _return_freed_memory()
