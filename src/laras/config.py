@@ -139,7 +139,10 @@ class RunConfig(_Frozen):
     full_determinism: bool = Field(False, description="Bit-exact on GPU too; slower.")
 
     # Execution: planned when `auto`
-    backend: Literal["auto", "transformers", "unsloth"] = Field("auto", description="Library that builds the layers.")
+    backend: Literal["auto", "transformers", "unsloth"] = Field(
+        "auto",
+        description="Library that builds the layers; `auto`: Laras' own unless another was measured to be faster.",
+    )
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto", description="What layers compute in; `auto`: bf16, fp16 or fp32, by what the device has."
     )

@@ -179,6 +179,7 @@ def build_layers(config: RunConfig, choices: PlanChoices) -> Any:
                 local_files_only=Path(place).is_dir(),
                 use_exact_model_name=True,  # not another repository with weights that it has quantised
                 use_safetensors=True,
+                offload_embedding=False,  # what lies where is the plan's
                 **common,
             )
             model = unsloth.FastLanguageModel.get_peft_model(

@@ -20,6 +20,7 @@ UNSLOTH_VERSION = "2026.10.9"
 # Source: Unsloth 2026.10.9, `models/loader.py`, less Gemma 2, whose logits are capped.
 UNSLOTH_TYPES = frozenset({"gemma", "llama", "mistral", "qwen2", "qwen3"})
 _OLDEST_CAPABILITY = (7, 0)
+_TARGETS = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,9 @@ def _method_refusals(config: RunConfig) -> list[str]:
         "full_determinism": config.full_determinism,
         "trust_remote_code": config.trust_remote_code,
     }
+    if isinstance(config.lora_target_modules, tuple):
+        others = sorted(set(config.lora_target_modules) - _TARGETS)
+        refused[f"lora_target_modules: {', '.join(others)}"] = bool(others)
     return [f"{name} is not supported with it" for name, is_set in refused.items() if is_set]
 
 

@@ -40,9 +40,9 @@ class FastLanguageModel:
     @staticmethod
     def from_pretrained(
         model_name, max_seq_length, dtype, load_in_4bit, revision, local_files_only, use_exact_model_name,
-        use_safetensors, use_gradient_checkpointing,
+        use_safetensors, offload_embedding, use_gradient_checkpointing,
     ):  # fmt: skip
-        assert use_exact_model_name and not load_in_4bit
+        assert use_exact_model_name and not load_in_4bit and not offload_embedding
         print("loading")
         model = transformers.AutoModelForCausalLM.from_pretrained(
             model_name, dtype=dtype, revision=revision, use_safetensors=use_safetensors
