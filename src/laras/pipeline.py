@@ -304,13 +304,22 @@ def import_backend(config: RunConfig, observer: Observer) -> str | None:
 def _plan(
     config: RunConfig, prepared: PreparedData | None, observer: Observer, import_failure: str | None = None
 ) -> TrainPlan:
+    from laras.planning.counts import with_counts
     from laras.planning.hardware import load_hardware
     from laras.planning.planner import plan_training
 
     observer.stage_started("planning")
     spec = _load_spec(config).model_copy(update={"source": config.model_name_or_path})
+    spec = with_counts(spec, config, _count_parameters)
     profile, manifest = (prepared.profile, prepared.manifest) if prepared else (None, None)
     return plan_training(config, profile, manifest, spec, load_hardware(config.gpu), _simulate, import_failure)
+
+
+def _count_parameters(config: RunConfig) -> Any:
+    """`laras.models.parameters.count_parameters`, loaded for a family without a table only: it brings torch."""
+    from laras.models.parameters import count_parameters
+
+    return count_parameters(config)
 
 
 def _simulate(*arguments: Any) -> Any:

@@ -138,6 +138,7 @@ class ModelSpec(Value):
     total_parameters: int
     linear_parameters: int  # in linear layers of the decoder, the head excluded
     embedding_parameters: int  # embedding, and the head where it is not tied
+    is_counted: bool = False  # on the model itself, as its family has no table
     config_digest: str
     fused_refusal: str | None = None  # why its layers have no fused version; None: they have
     fused_longest_tokens: int | None = None  # longest document that the fused version takes; None: any

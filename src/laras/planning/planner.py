@@ -114,7 +114,7 @@ def plan_training(
 def _family_warnings(config: RunConfig, spec: ModelSpec) -> list[str]:
     """What a plan for an architecture that nobody has looked at does not know."""
     warnings = []
-    if spec.model_type not in FAMILIES:
+    if spec.model_type not in FAMILIES and not spec.is_counted:
         warnings.append(f"parameters of {spec.model_type} are counted as those of a plain Llama decoder")
     if config.packing is True and spec.model_type not in PACKABLE_TYPES:
         warnings.append(
