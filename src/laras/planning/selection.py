@@ -181,9 +181,9 @@ def resolved_choices(config: RunConfig, spec: ModelSpec, best: Candidate, eval_s
     attention = config.attn_implementation
     if attention == "auto":
         attention = "varlen" if best.packing else "sdpa"
-    return PlanChoices(
     if config.backend == "unsloth":
         attention = "unsloth"
+    return PlanChoices(
         per_device_train_batch_size=case.micro_batch,
         per_device_eval_batch_size=case.eval_batch,
         gradient_accumulation_steps=best.accumulation,
