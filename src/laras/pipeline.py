@@ -193,14 +193,15 @@ def test(
         OutOfMemoryError: One row alone does not fit the device.
     """
     from laras.data.sealed import open_sealed, read_openings, require_openable
-    from laras.evaluation.comparison import compare_models
-    from laras.models.finished import load_finished
 
     observer = observer or Observer()
     run = RunDir(Path(run_dir))
     config = run.load_config()
     with hold(run):
-        require_openable(run.path)
+        require_openable(run.path)  # what is refused is refused at once
+        from laras.evaluation.comparison import compare_models
+        from laras.models.finished import load_finished
+
         chosen, result = TrainPlan.load(run.path), RunResult.load(run.path)
         observer.stage_started("loading the base and the tuned model")
         pair = load_finished(config, chosen.choices, run.final, _device())

@@ -98,6 +98,21 @@ class RunDir:
         """The page for people."""
         return self.path / "report.html"
 
+    def require(self) -> None:
+        """Refuses a folder that is no run, before anything heavy is loaded for it.
+
+        Raises:
+            RunStateError: It holds neither a configuration nor any record.
+        """
+        try:
+            found = self.config.is_file() or any((self.path / "records").glob("*.json"))
+        except OSError:  # a name longer than the file system takes
+            found = False
+        if not found:
+            raise RunStateError(
+                f"{self.path} is not a run: it holds no {CONFIG_NAME} and no record", hint="`laras runs` lists the runs"
+            )
+
     def load_config(self) -> RunConfig:
         """The configuration that the run was started with.
 

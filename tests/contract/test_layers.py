@@ -28,6 +28,23 @@ def test_help_loads_neither_configuration_nor_records() -> None:
     assert output.strip() == "[]"
 
 
+def test_a_verb_refuses_a_folder_that_is_no_run_before_it_loads_anything_heavy(tmp_path: Path) -> None:
+    heavy = (*HEAVY, "matplotlib")
+    code = f"""if True:
+        import sys
+        from laras.cli.main import main
+        for verb in ("report", "export", "chat", "test", "resume"):
+            sys.argv = ["laras", verb, {str(tmp_path)!r}]
+            try:
+                main()
+            except SystemExit as exit:
+                print(verb, exit.code, [m for m in {heavy!r} if m in sys.modules])
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [f"{verb} 7 []" for verb in ("report", "export", "chat", "test", "resume")]
+    assert done.stderr.count("is not a run") == 5
+
+
 def test_training_code_has_no_way_to_name_the_test_set() -> None:
     for folder in ("training", "models", "planning"):
         for path in python_files(folder):

@@ -39,6 +39,9 @@ def chat_command(
     """Talk to the tuned model; streams its answers."""
     if as_json and prompt is None:
         raise ConfigError("--json needs --prompt", hint="laras chat RUN --prompt 'What is ...?' --json")
+    from laras.rundir import RunDir
+
+    RunDir(run).load_config()
     from transformers.utils.logging import set_verbosity_error
 
     from laras.evaluation.generate import GenerationSettings

@@ -43,6 +43,9 @@ def export_command(
     as_json: JsonOption = False,
 ) -> None:
     """Write the tuned model as adapter, merged weights, GGUF or for Ollama; the result is checked."""
+    from laras.rundir import RunDir
+
+    RunDir(run).require()
     from laras.reporting.export import export_run
 
     with open_view() as view:

@@ -15,6 +15,12 @@ def report_command(
     ] = None,
 ) -> None:
     """Write one self-contained HTML page: scores, curves, memory, data, plan; several runs are compared."""
+    from laras.rundir import RunDir
+    from laras.sweep_record import is_sweep
+
+    for path in runs:
+        if not is_sweep(path):
+            RunDir(path).require()
     from laras.reporting.report import write_report
 
     typer.echo(str(write_report(runs, output)))

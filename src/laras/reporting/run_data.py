@@ -177,8 +177,7 @@ def load_run_data(run_dir: Path) -> RunData:
         RunStateError: When the folder is no run: it holds neither a configuration nor any record.
     """
     run = RunDir(run_dir)
-    if not run.config.is_file() and not any((run_dir / "records").glob("*.json")):
-        raise RunStateError(f"{run_dir} is not a run", hint="`laras runs` lists the runs")
+    run.require()
     damaged: list[str] = []
 
     def load(record: type[_R]) -> _R | None:
