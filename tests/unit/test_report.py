@@ -28,6 +28,7 @@ from laras.records import (
     TrainPlan,
 )
 from laras.reporting import formatting
+from laras.reporting.charts import optimization_chart
 from laras.reporting.data_charts import lengths_chart
 from laras.reporting.drawing import drawing_style, finish, new_figure
 from laras.reporting.report import verdict, write_report
@@ -305,6 +306,18 @@ def test_wide_curves_are_drawn_on_a_logarithmic_scale_and_single_points_are_seen
         "".join(f'{{"step": {s}, "loss": {1000 / s**3}, "memory/peak_gib": 2.0}}\n' for s in range(1, 30))
     )
     assert "peak" in write_report([run]).read_text(encoding="utf-8")
+
+
+def test_a_curve_of_one_small_value_has_distinct_ticks_and_whole_titles(tmp_path):
+    run = write_example_run(tmp_path / "run", steps=20, finished=False)
+    line = {"step": 10, "epoch": 0.5, "time_s": 9.0, "loss": 1.9, "learning_rate": 5.8e-5, "tokens_per_s": 70.0}
+    (run / "logs" / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
+    with drawing_style():
+        svg = optimization_chart(load_run_data(run)).svg
+    texts = [element.text for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert [texts.count(step) for step in ("9", "10", "11")] == [1, 1, 1]
+    assert not [text for text in texts if text.startswith("1e")]  # a factor would push the title out of the picture
+    assert "5.8e-05" in texts
 
 
 def test_many_events_of_any_kind_are_listed_and_marked(tmp_path):

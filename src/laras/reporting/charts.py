@@ -109,6 +109,8 @@ def optimization_chart(run: RunData) -> Drawing | None:
     for axis, (title, series, color) in zip(axes, panels, strict=True):
         _envelope_line(axis, series, color=color, label=title, dash="-")
         axis.set_title(title)
+        if title.startswith("learning"):  # without a common power of ten, which would take the title's place
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
         if title.startswith("tokens"):
             if run.plan is not None and run.plan.time.tokens_per_s > 0:
                 planned = run.plan.time.tokens_per_s

@@ -7,6 +7,7 @@ that one drawing serves light, dark and print. Nothing is told by colour alone: 
 from __future__ import annotations
 
 import io
+import math
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -164,6 +165,10 @@ def _arrange(figure: Figure) -> None:
 def step_axis(axes: Axes, label: str = "optimizer step") -> None:
     """Whole steps, with thousands separated."""
     axes.set_xlabel(label)
+    low, high = axes.get_xlim()
+    if math.floor(high) - math.ceil(low) < 1:  # one step alone; between whole numbers there is nothing to name
+        step = round((low + high) / 2)
+        axes.set_xlim(step - 1, step + 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
