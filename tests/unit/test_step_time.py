@@ -141,7 +141,7 @@ CASES = st.fixed_dictionaries(
         "fused": st.booleans(),
         "weights": st.sampled_from(["bf16", "nf4"]),
         "loss_kind": st.sampled_from(["full", "chunked"]),
-        "checkpoint_kind": st.sampled_from(["selective", "full"]),
+        "checkpoint_kind": st.sampled_from(["selective", "full", "offload"]),
     }
 )
 

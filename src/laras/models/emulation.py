@@ -167,7 +167,8 @@ def counted_kernels(recorder: Recorder) -> Iterator[None]:
     def attended(original: Any, products: int, query: int) -> Any:
         def call(*args: Any) -> Any:
             recorder.counter.called()
-            recorder.counter.attended(*args[query].shape, products)
+            tokens, heads, channels = args[query].shape
+            recorder.counter.attended(tokens, heads, channels, products)
             # What the kernel wants contiguous, it copies.
             copied = [one for one in args[:query] if not one.is_contiguous()]
             copied += [one for one in args[query + 3 : query + 4] if query and not one.is_contiguous()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 Product = tuple[int, int, int, int]  # rows, inner, columns, bytes of an element; a batch multiplies its count
@@ -48,18 +48,19 @@ class Work:
         attention, products = (
             tuple(((a, b, c, d), count) for a, b, c, d, count in found) for found in values[_NUMBERS : _NUMBERS + 2]
         )
-        return cls(*values[:_NUMBERS], attention, products, *values[_NUMBERS + 2 :])
+        numbers = cls(*values[:_NUMBERS])
+        return replace(numbers, attention=attention, products=products, copied_bytes=values[_NUMBERS + 2])
 
     def plus(self, other: Work, times: int = 1) -> Work:
         """The sum, the other one taken `times`."""
         numbers = [
             one + times * more for one, more in zip(astuple(self)[:_NUMBERS], astuple(other)[:_NUMBERS], strict=True)
         ]
-        return Work(
-            *numbers,
-            _sum(self.attention, other.attention, times),
-            _sum(self.products, other.products, times),
-            self.copied_bytes + times * other.copied_bytes,
+        return replace(
+            Work(*numbers),
+            attention=_sum(self.attention, other.attention, times),
+            products=_sum(self.products, other.products, times),
+            copied_bytes=self.copied_bytes + times * other.copied_bytes,
         )
 
 
