@@ -122,7 +122,7 @@ def _unpacked_bytes(input_TK: Tensor, _: Tensor, shape: Sequence[int], *__: Any,
 
 def _count_nf4_product(counter: WorkCounter, input_TK: Tensor, packed: Tensor, shape: Sequence[int], *_: Any) -> None:
     rows, size = input_TK.numel() // input_TK.shape[-1], input_TK.element_size()
-    counter.called(_INNER_CALLS)
+    counter.called(_INNER_CALLS, in_graph=True)
     counter.launched(_unpacked_bytes(input_TK, packed, shape) + packed.numel())
     counter.multiplied(1, rows, shape[1], shape[0], size)
 
@@ -176,7 +176,7 @@ def _mixed_product_inside(input_TK: Tensor, rows_TK: Tensor, weights_NK: Tensor,
 
 def _count_mixed_product(counter: WorkCounter, input_TK: Tensor, rows_TK: Tensor, weights_NK: Tensor, *_: Any) -> None:
     rows, (columns, inner) = rows_TK.numel() // rows_TK.shape[-1], weights_NK.shape
-    counter.called(_INNER_CALLS)
+    counter.called(_INNER_CALLS, in_graph=True)
     counter.launched(rows * columns * (4 + 2 * input_TK.element_size()) + columns * inner)
     counter.multiplied(1, rows, inner, columns, input_TK.element_size())
 

@@ -48,8 +48,8 @@ class Rates:
 
 
 RATES = Rates(
-    matrix=0.69, attention=0.40, attention_start=1400, bandwidth=0.63, kernel_s=0.8e-6,
-    call_s=2.1e-6, graph_s=14.8e-6, engine_s=11.5e-6, launch_s=11.7e-6, compiled_s=190e-6,
+    matrix=0.69, attention=0.40, attention_start=1600, bandwidth=0.64, kernel_s=0.4e-6,
+    call_s=1.9e-6, graph_s=14.8e-6, engine_s=11.2e-6, launch_s=12e-6, compiled_s=190e-6,
 )  # fmt: skip
 # Once a step, however many micro-batches: the adapters' copies, the update, the gradients' release.
 _FIRST, _LAST = ("states", "batch"), ("optimizer", "release")
