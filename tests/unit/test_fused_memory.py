@@ -105,9 +105,12 @@ def test_what_is_copied_is_the_input_of_every_layer_but_the_last_both_ways(tmp_p
 
 @pytest.mark.parametrize(
     ("gpu", "tokens", "kind"),
-    [("h100", 4096, "none"), ("rtx 4090", 4096, "selective"), ("l4", 1024, "selective"), ("l4", 4096, "full")],
-)
-def test_a_plan_computes_a_part_again_before_it_computes_everything_again(gpu, tokens, kind):
+    [
+        ("h100", 4096, "none"), ("rtx 4090", 4096, "selective"), ("l4", 2048, "selective"), ("l4", 16384, "full"),
+        ("rtx 3060", 16384, "offload"),
+    ],
+)  # fmt: skip
+def test_a_plan_computes_a_part_again_before_everything_and_that_before_it_moves_inputs(gpu, tokens, kind):
     values = {
         "model_type": "qwen2", "hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28,
         "num_key_value_heads": 4, "intermediate_size": 18944, "vocab_size": 152064, "max_position_embeddings": 32768,
