@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
+import laras.training.checkpoints as checkpoints_module
 import tiny_training as tiny
 from laras.errors import CheckpointError, RunStateError, TrainingInterrupted
 from laras.models.step import TrainStep, eager_step
@@ -166,6 +167,30 @@ def test_a_signal_finishes_the_step_saves_and_loses_nothing(tmp_path: Path, numb
     assert found == expected
 
 
+def test_a_second_signal_in_the_middle_of_a_save_loses_nothing(tmp_path: Path) -> None:
+    scenario = SCENARIOS["padded"]
+    train(tmp_path / "whole", scenario)
+    run, child = tmp_path / "run", os.fork()
+    if child == 0:
+        original = checkpoints_module.seal_folder
+
+        def interrupted(folder: Path) -> None:
+            if folder.name == ".step-4.partial":
+                os.kill(os.getpid(), signal.SIGTERM)
+            original(folder)
+
+        try:
+            checkpoints_module.seal_folder = interrupted
+            train(run, scenario, observer=Signaller(signal.SIGTERM, at_step=4))
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + signal.SIGTERM
+    assert (run / "checkpoints" / ".step-4.partial").exists()
+    train(run, scenario, resume=True)
+    assert outcome(run) == outcome(tmp_path / "whole")
+    assert not list((run / "checkpoints").glob(".*"))
+
+
 CHANGES: dict[str, dict[str, Any]] = {
     "train_data": {"train_rows": tiny.rows(24, 7)},
     "validation_data": {"validation_rows": tiny.rows(6, 7)},
@@ -182,7 +207,19 @@ CHANGES: dict[str, dict[str, Any]] = {
     "precision": {"choices": {"precision": "bf16"}},
     "lora_r": {"choices": {"lora_r": 8}},
     "eval_steps": {"choices": {"eval_steps": 2}},
+    "max_steps": {"config": {"max_steps": 5}},
+    "max_grad_norm": {"config": {"max_grad_norm": 0.5}},
+    "early_stopping_min_delta": {"config": {"early_stopping_min_delta": 0.5}},
+    "finetuning_type": {"choices": {"finetuning_type": "full"}},
+    "load_in_4bit": {"choices": {"load_in_4bit": True}},
+    "load_in_8bit": {"choices": {"load_in_8bit": True}},
+    "lora_alpha": {"choices": {"lora_alpha": 16}},
+    "lora_dropout": {"choices": {"lora_dropout": 0.1}},
+    "use_rslora": {"choices": {"use_rslora": True}},
+    "use_dora": {"choices": {"use_dora": True}},
+    "target_modules": {"choices": {"target_modules": ("k_proj",)}},
 }
+OF_THE_MODEL = {"tokenizer", "chat_template", "model_weights", "model_config"}  # in a test of their own
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +253,21 @@ def test_a_changed_run_is_refused_with_the_field_and_both_values(stopped_run: Pa
     assert "undo the change" in hint and f"`laras train CONFIG --from {tmp_path / 'run'}`" in hint
 
 
+def test_every_part_of_the_identity_is_tried(stopped_run: Path) -> None:
+    (newest,) = (stopped_run / "run" / "checkpoints").glob("step-3")
+    identity = json.loads((newest / "training.json").read_text())["identity"]
+    assert set(identity) == set(CHANGES) | OF_THE_MODEL
+
+
+def test_with_packing_the_size_of_the_bins_has_to_stay(tmp_path: Path) -> None:
+    packed = {"packing": True, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    with pytest.raises(TrainingInterrupted):
+        train(tmp_path, Scenario(choices=packed), observer=Signaller(signal.SIGTERM, at_step=1))
+    smaller = {**packed, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    with pytest.raises(RunStateError, match="packed_bin_tokens: was 64, is 32"):
+        train(tmp_path, Scenario(choices=smaller), resume=True)
+
+
 def test_another_tokenizer_template_or_base_is_refused(stopped_run: Path, tmp_path: Path) -> None:
     changed = tiny.tokenizer()
     changed.chat_template = "{{ messages }}"
@@ -232,6 +284,14 @@ def test_another_tokenizer_template_or_base_is_refused(stopped_run: Path, tmp_pa
     weights.write_bytes(content)
     with pytest.raises(RunStateError, match="model_weights"):
         resume_changed(stopped_run, tmp_path / "base", {"plan": Scenario().train_plan(str(other))})
+    rotated = tiny.save_base(tmp_path / "rotated")
+    config = json.loads((rotated / "config.json").read_text())
+    (rotated / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(RunStateError, match="model_config") as caught:
+        resume_changed(stopped_run, tmp_path / "config", {"plan": Scenario().train_plan(str(rotated))})
+    assert len(caught.value.problems) == 1
+    (rotated / "config.json").write_text(json.dumps(config | {"transformers_version": "5.99.0"}))  # says nothing
+    assert resume_changed(stopped_run, tmp_path / "run", {"plan": Scenario().train_plan(str(rotated))}).steps == 6
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +89,17 @@ def test_the_start_of_all_trackers_together_has_one_limit(short_limits: None) ->
     trackers = Trackers([Broken("start", hang=True), Broken("start", hang=True), Broken("never")], observer)
     assert trackers.start() < 1.5
     assert len(told(observer)) == 2 and all("did not start within 1 s" in text for text in told(observer))
+
+
+@pytest.mark.parametrize("moment", ["start", "log", "finish"])
+def test_a_tracker_that_hangs_costs_one_limit_and_no_more(short_limits: None, moment: str) -> None:
+    trackers = Trackers([Broken(moment, hang=True)], tiny.Recorder())
+    started = time.monotonic()
+    trackers.start()
+    for step in range(4):
+        trackers.on_log(None, SimpleNamespace(global_step=step), None, {"loss": 1.0})  # type: ignore[arg-type]
+    trackers.finish()
+    assert time.monotonic() - started < 1.9  # of the limits of a second each; the real ones are of ten
 
 
 def test_an_absent_tracker_is_announced_once_and_the_others_work(

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from laras.config import BUILTIN_DATASET, DatasetFiles
 from laras.data.read import READERS, SourceRow, file_rows
 from laras.errors import DataError
+from laras.hub import is_out_of_reach
 from laras.records import SourceFile, SplitName
 
 if TYPE_CHECKING:
@@ -229,6 +230,8 @@ def load_tables(path: str, configuration: str | None) -> dict[str, Dataset]:
     """
     from datasets import load_dataset
 
+    if not Path(path).expanduser().exists():
+        is_out_of_reach()
     try:
         return dict(load_dataset(path, configuration))
     # The libraries below raise some thirty classes for a missing name, a refused login or a broken connection.

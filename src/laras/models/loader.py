@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.import_utils import is_bitsandbytes_available
 
 from laras.errors import ConfigError, MissingExtraError
+from laras.hub import is_out_of_reach, reason_of
 from laras.models.builtin import resolve_model, resolve_tokenizer
 from laras.models.precision import torch_dtype
 from laras.records import Precision
@@ -187,6 +188,7 @@ def _place(source: str) -> str:
         raise ConfigError(
             f"model_name_or_path {source!r} {problem}", hint="give a folder that has a config.json, or a Hub id"
         )
+    is_out_of_reach()
     return source
 
 
@@ -217,7 +219,8 @@ def _unloadable(source: str, what: str, error: Exception) -> ConfigError:
             f"model_name_or_path {source!r} brings Python code of its own, and trust_remote_code is false",
             hint="read that code, then set `trust_remote_code: true`",
         )
-    first_line = text.strip().partition("\n")[0]
+    is_local = Path(source).expanduser().exists() or source.startswith("builtin:")
+    first_line = text.strip().partition("\n")[0] if is_local else reason_of(error)
     if not isinstance(error, OSError | ValueError):
         first_line = f"{type(error).__name__}: {first_line}"
     return ConfigError(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from laras.errors import ConfigError
+from laras.hub import is_out_of_reach, reason_of
 from laras.planning.layer_forms import FusedSupport, fused_support
 from laras.record_base import digest_of
 from laras.records import ModelSpec
@@ -261,12 +262,12 @@ def _config_path(source: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    is_out_of_reach()
     try:
         return Path(hf_hub_download(source, "config.json", revision=revision))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
-            f"no folder {source}, and the Hub gives no config.json for it: {reason}",
+            f"no folder {source}, and the Hub gives no config.json for it: {reason_of(error)}",
             hint="check the name and the network; a gated model needs `hf auth login`",
         ) from None
 

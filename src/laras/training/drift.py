@@ -27,6 +27,8 @@ from laras.training.state import read_state
 Identity = dict[str, Any]  # plain values by name; None where it could not be found out
 
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+_MAY_BE_UNKNOWN = ("model_weights", "model_config")  # to a session without the files, or to an older version
+_NOTES_OF_A_CONFIG = ("transformers_version", "_name_or_path")
 _HUB_DIGEST_CHARS = 64  # the Hub's cache names a file by its SHA-256
 
 
@@ -72,6 +74,7 @@ def identity_of(
         "tokenizer": _tokenizer_digest(tokenizer),
         "chat_template": digest_of(tokenizer.chat_template) if tokenizer.chat_template else None,
         "model_weights": weights_digest(plan.model.source, config.model_revision),
+        "model_config": _config_digest(plan.model.source, config.model_revision),
         "effective_batch": choices.per_device_train_batch_size * micro_batches,
         "packing": choices.packing,
         **packed,
@@ -96,7 +99,7 @@ def check_resume(checkpoint: Path, current: Identity) -> None:
     problems = []
     for name in sorted(saved.keys() | current.keys()):
         old, new = saved.get(name), current.get(name)
-        if old != new and not (name == "model_weights" and None in (old, new)):
+        if old != new and not (name in _MAY_BE_UNKNOWN and None in (old, new)):
             problems.append(f"{name}: was {_shown(old)}, is {_shown(new)}")
     if problems:
         raise RunStateError(
@@ -109,6 +112,27 @@ def check_resume(checkpoint: Path, current: Identity) -> None:
 
 def weights_digest(source: str, revision: str | None = None) -> str | None:
     """SHA-256 over the weight files of a model that is on this machine; None where there are none to be seen."""
+    folder = _folder_of(source, revision)
+    if folder is None:
+        return None
+    files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
+    return digest_of([(path.name, _file_digest(path)) for path in files]) if files else None
+
+
+def _config_digest(source: str, revision: str | None) -> str | None:
+    """Of what `config.json` makes of the weights; None where there is none to be seen."""
+    folder = _folder_of(source, revision)
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder else None
+    except (OSError, ValueError, RecursionError):
+        return None
+    if not isinstance(values, dict):
+        return None
+    return digest_of({key: value for key, value in values.items() if key not in _NOTES_OF_A_CONFIG})
+
+
+def _folder_of(source: str, revision: str | None) -> Path | None:
+    """Where the files of a model are on this machine."""
     try:
         place = resolve_model(source)
         folder = Path(place).expanduser()
@@ -116,8 +140,7 @@ def weights_digest(source: str, revision: str | None = None) -> str | None:
             folder = Path(snapshot_download(place, revision=revision, local_files_only=True))
     except (ConfigError, HFValidationError, LocalEntryNotFoundError, HfHubHTTPError, OSError):
         return None
-    files = sorted(path for path in folder.iterdir() if path.suffix in _WEIGHT_SUFFIXES)
-    return digest_of([(path.name, _file_digest(path)) for path in files]) if files else None
+    return folder
 
 
 def _file_digest(path: Path) -> str:

@@ -89,6 +89,8 @@ class Trackers(TrainerCallback):
             for worker in self._workers:
                 worker.put(None, 0)
             for worker in self._workers:
+                if not worker.works:  # given up, and waited for already
+                    continue
                 worker.thread.join(max(0.0, END_LIMIT_S - (time.monotonic() - started)))
                 if worker.thread.is_alive() and worker.works:
                     worker.abandon(f"did not finish within {END_LIMIT_S:.0f} s; its last metrics may be missing there")
