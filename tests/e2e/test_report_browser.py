@@ -1,4 +1,4 @@
-"""The report as headless Chromium shows it."""
+"""The pages of a run, of several runs and of a sweep, as headless Chromium shows them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from example_run import write_example_run
+from example_sweep import write_example_sweep
 from laras.reporting.report import write_report
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -60,31 +61,37 @@ def measure(page: Path, *options: str) -> dict:
     return json.loads(text.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
 
 
-@pytest.fixture(scope="module")
-def page(tmp_path_factory):
-    return write_report([write_example_run(tmp_path_factory.mktemp("runs") / "run")])
+# Figures of each page, and what at least can be focused on it.
+PAGES = {"run": (6, 20), "comparison": (2, 8), "sweep": (3, 12)}
 
 
-def test_every_figure_is_drawn_and_everything_can_be_reached_and_is_named(page):
+@pytest.fixture(scope="module", params=PAGES)
+def page(tmp_path_factory, request):
+    folder = tmp_path_factory.mktemp(request.param)
+    if request.param == "sweep":
+        return write_report([write_example_sweep(folder / "sweep", evaluated=True)])
+    runs = [write_example_run(folder / name, seed=seed) for seed, name in enumerate(("one", "two"))]
+    return write_report(runs[:1]) if request.param == "run" else write_report(runs, folder / "comparison.html")
+
+
+def test_every_figure_is_drawn_and_everything_can_be_reached_and_is_named(page, request):
+    figures, focusable = PAGES[request.node.callspec.params["page"]]
     found = measure(page, "--window-size=1200,900")
-    assert len(found["figures"]) == 6
+    assert len(found["figures"]) == figures
     for figure in found["figures"]:
         assert min(figure["box"] + figure["drawn"]) > 50
         assert len(figure["label"]) > 60
-    assert found["focusable"] > 20
-    assert found["unfocusable"] == []
-    assert found["unnamed"] == []
+    assert found["focusable"] > focusable
+    assert (found["unfocusable"], found["unnamed"]) == ([], [])
     assert found["overflow"] <= 0
 
 
-def test_a_dark_theme_changes_page_and_figures(page):
-    light, dark = measure(page), measure(page, "--blink-settings=preferredColorScheme=0")
+def test_a_dark_theme_changes_page_and_figures_and_a_narrow_screen_scrolls_figures_and_not_the_page(page):
+    light = measure(page)
+    dark = measure(page, "--blink-settings=preferredColorScheme=0", "--window-size=500,900")
     assert light["ink"] != dark["ink"]
     assert light["background"] != dark["background"]
-
-
-def test_a_narrow_screen_scrolls_figures_and_not_the_page(page):
-    assert measure(page, "--window-size=500,900")["overflow"] <= 0
+    assert dark["overflow"] <= 0
 
 
 def test_the_console_stays_empty_and_the_page_prints(page, tmp_path):
