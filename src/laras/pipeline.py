@@ -401,11 +401,12 @@ def _run_training(
     """Trains as the owner of the run; `choose` may set damaged checkpoints aside, so it is asked only then."""
     from laras.data.store import read_tokens
     from laras.models.build import build_model
+    from laras.models.unsloth import off_standard_output
     from laras.training.run import run_training
     from laras.training.start import start_weights
 
     config, chosen = run.load_config(), TrainPlan.load(run.path)
-    with hold(run) if own_rank() == 0 else nullcontext():
+    with hold(run) if own_rank() == 0 else nullcontext(), off_standard_output(chosen.choices):
         resume_from = from_rank_zero(choose)
         tokenizer = _load_tokenizer(config, observer)
         observer.stage_started("loading the model")

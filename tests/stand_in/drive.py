@@ -1,6 +1,7 @@
 """drive.py ACTION ARGUMENT: a run through the Python API in a fresh process, as if there were a GPU for Unsloth.
 
 train CONFIG    trains, and kills itself after step 3
+broken CONFIG   trains two steps, the import tried in earnest
 resume RUN      goes on, then asks for the score in the same process
 """
 
@@ -15,7 +16,6 @@ from laras.planning import backend
 from laras.progress import Observer
 
 backend.machine_refusals = lambda capability: []
-unsloth._failure_of_trial = lambda: None
 backend._method_refusals = lambda config: []  # a CPU computes in fp32
 
 
@@ -27,6 +27,11 @@ class Killer(Observer):
 
 assert "torch" not in sys.modules
 action, argument = sys.argv[1:]
+if action == "broken":
+    laras.train(argument, backend="unsloth", run_name="broken", max_steps=2)
+    assert "unsloth" not in sys.modules
+    raise SystemExit
+unsloth._failure_of_trial = lambda: None  # which looks for a GPU
 if action == "train":
     laras.train(argument, observer=Killer(), backend="unsloth", run_name="unsloth")
 else:

@@ -14,8 +14,8 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -146,6 +146,13 @@ def _last_line(text: str) -> str:
     return next((line.strip()[:300] for line in reversed(text.splitlines()) if line.strip()), "")
 
 
+@contextmanager
+def off_standard_output(choices: PlanChoices) -> Iterator[None]:
+    """Sends what Unsloth prints while it computes to standard error; standard output is for data."""
+    with redirect_stdout(sys.stderr) if choices.backend == "unsloth" else nullcontext():
+        yield
+
+
 def build_layers(config: RunConfig, choices: PlanChoices) -> Any:
     """The base with adapters, on the first GPU; the adapters begin as on every other path.
 
@@ -170,7 +177,7 @@ def build_layers(config: RunConfig, choices: PlanChoices) -> Any:
     kept = "unsloth" if choices.gradient_checkpointing else False  # its own kind, which moves inputs to main memory
     common = {"max_seq_length": choices.max_length, "use_gradient_checkpointing": kept}
     try:
-        with redirect_stdout(sys.stderr), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             model, _ = unsloth.FastLanguageModel.from_pretrained(
                 model_name=place,
                 dtype=torch_dtype(choices.precision),
