@@ -57,6 +57,8 @@ class LengthStats(Value):
     p99: float
     total: int
     target_total: int  # tokens that carry loss
+    target_max: int | None = None  # most of one example; None: not counted
+    target_share_max: float | None = None  # most of one example, of its tokens
     histogram_edges: tuple[int, ...] = ()  # len(histogram_counts) + 1, in tokens
     histogram_counts: tuple[int, ...] = ()
 

@@ -36,6 +36,12 @@ def test_percentiles_of_known_lengths():
     assert (stats.median, stats.p90, stats.p95, stats.p99) == pytest.approx((50.5, 90.1, 95.05, 99.01))
 
 
+def test_the_most_targets_of_an_example_and_of_its_tokens_are_known():
+    stats = length_stats([10, 4, 100], [5, 4, 30])
+    assert (stats.target_max, stats.target_share_max) == (30, 1.0)
+    assert length_stats([8, 10], [2, 5]).target_share_max == 0.5
+
+
 def test_an_empty_set_is_all_zero():
     stats = length_stats([], [])
     assert set(stats.model_dump(exclude={"histogram_edges", "histogram_counts"}).values()) == {0}

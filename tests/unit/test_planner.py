@@ -2,9 +2,12 @@
 
 import time
 
+import numpy as np
 import pytest
+from datasets import Dataset
 
 from laras.config import RunConfig
+from laras.data.analyze import length_stats
 from laras.errors import ConfigError
 from laras.planning.architecture import model_spec_from_config
 from laras.planning.candidates import candidates, device_budget_bytes
@@ -14,7 +17,8 @@ from laras.planning.memory import context_bytes
 from laras.planning.planner import _eval_steps, _time, plan_training
 from laras.planning.trace import Segment, StepTrace
 from laras.planning.work import Work
-from laras.planning.workload import Workload, workload
+from laras.planning.workload import LargestBatch, Workload, workload
+from laras.training.batches import TokenRows, TrainBatches
 
 
 def spec_of(hidden=4096, layers=32):
@@ -240,7 +244,7 @@ def test_of_candidates_about_as_fast_the_simulated_steps_decide(monkeypatch, tmp
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path))
     seen = []
 
-    def simulate(config, choices, layers, hardware, documents):
+    def simulate(config, choices, layers, hardware, documents, largest):
         seen.append(choices.per_device_train_batch_size)
         # Everything fits; the second one asked for has a tenth of the host's work.
         work = Work(calls=10_000 if len(seen) == 1 else 1_000)
@@ -257,3 +261,35 @@ def test_of_candidates_about_as_fast_the_simulated_steps_decide(monkeypatch, tmp
 def test_validations_come_at_equal_distances_and_cost_little(steps, validation_tokens, expected):
     work = Workload(100, 50.0, 50.0, 100, 1250.0, validation_tokens, target_share=1.0, stats=None)
     assert _eval_steps(RunConfig(), work, steps) == expected
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_largest_batch_is_what_the_collators_make_of_the_data_at_most(packing):
+    """From every order of rows: no batch has more slots or targets than the plan takes it to have."""
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(3, 203, size=40)
+    targets = np.maximum(1, (lengths * rng.uniform(0.1, 0.7, size=40)).astype(int))
+    stats = length_stats(lengths, targets)
+    work = Workload(256, stats.mean, stats.mean, 40, 16 * stats.mean, 0, 0.4, stats, longest_validation_tokens=171)
+    largest = work.largest_batch(4, packing=packing)
+    assert largest.eval_row_tokens == 176
+    labels = [np.where(np.arange(n) < n - t, -100, 1) for n, t in zip(lengths, targets, strict=True)]
+    rows = Dataset.from_list([{"input_ids": np.ones(len(one), int).tolist(), "labels": one.tolist()} for one in labels])
+    batches = TrainBatches(
+        TokenRows(rows), micro_rows=4, micro_batches=2, max_length=256, packing=packing, seed=1, pad_token_id=0
+    )
+    made = [
+        batches.collate(micro)
+        for epoch in range(5)
+        for step in range(len(batches))
+        for micro in batches.step(epoch, step).micro_batches
+    ]
+    assert max(one["input_ids"].numel() for one in made) <= 4 * largest.row_tokens
+    counts = [one["target_positions"].numel() if packing else int((one["labels"] != -100).sum()) for one in made]
+    assert max(counts) <= largest.target_tokens < 4 * largest.row_tokens
+    assert batches.collate(batches.longest())["input_ids"].numel() == 4 * largest.row_tokens
+
+
+def test_without_data_every_token_of_the_longest_row_is_a_target():
+    work = Workload(256, 256, 256, 0, 16 * 256, 0, 1.0, None)
+    assert work.largest_batch(2, packing=False) == LargestBatch(256, None, 256)

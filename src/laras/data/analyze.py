@@ -26,9 +26,10 @@ def length_stats(lengths: Sequence[int] | np.ndarray, target_counts: Sequence[in
     """
     import numpy as np
 
-    sizes = np.asarray(lengths, dtype=np.int64)
+    sizes, targets = np.asarray(lengths, dtype=np.int64), np.asarray(target_counts, dtype=np.int64)
     if not len(sizes):
-        return LengthStats(rows=0, min=0, max=0, mean=0, median=0, p90=0, p95=0, p99=0, total=0, target_total=0)
+        zero = dict.fromkeys(set(LengthStats.model_fields) - {"histogram_edges", "histogram_counts"}, 0)
+        return LengthStats(**zero)
     median, p90, p95, p99 = (float(value) for value in np.percentile(sizes, [50, 90, 95, 99]))
     shortest, longest = int(sizes.min()), int(sizes.max())
     width = -(-(longest + 1 - shortest) // _HISTOGRAM_BINS)
@@ -45,7 +46,9 @@ def length_stats(lengths: Sequence[int] | np.ndarray, target_counts: Sequence[in
         p95=p95,
         p99=p99,
         total=int(sizes.sum()),
-        target_total=int(np.asarray(target_counts, dtype=np.int64).sum()),
+        target_total=int(targets.sum()),
+        target_max=int(targets.max()),
+        target_share_max=float((targets / np.maximum(1, sizes)).max()),
         histogram_edges=tuple(edges),
         histogram_counts=tuple(int(count) for count in counts),
     )

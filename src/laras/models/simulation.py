@@ -29,6 +29,7 @@ from laras.models.emulation import autocast_like_cuda, counted_kernels, kernels_
 from laras.models.quantized_meta import quantized_storages
 from laras.models.recording import Recorder, register_varlen
 from laras.planning.trace import TRACED_LAYERS, StepTrace
+from laras.planning.workload import LargestBatch
 from laras.progress import Observer
 from laras.records import HardwareSpec, PlanChoices
 
@@ -40,7 +41,12 @@ class NotSimulated(LarasError):
 
 
 def trace_step(
-    config: RunConfig, choices: PlanChoices, layers: int, hardware: HardwareSpec, documents: int | None = None
+    config: RunConfig,
+    choices: PlanChoices,
+    layers: int,
+    hardware: HardwareSpec,
+    documents: int | None = None,
+    largest: LargestBatch | None = None,
 ) -> StepTrace:
     """Records one optimizer step and one evaluation batch.
 
@@ -50,6 +56,7 @@ def trace_step(
         layers: Depth of the model.
         hardware: The device planned for; decides which kernels would run.
         documents: Most documents of a packed batch; None: as many as have `max_length` tokens.
+        largest: What the data can make at most; None: rows of `max_length`, every token a target.
 
     Returns:
         A trace that `unroll(layers)` accepts: recorded at a few layers where they repeat, else at all.
@@ -59,10 +66,10 @@ def trace_step(
     """
     try:
         if layers > TRACED_LAYERS:
-            trace = _record(config, choices, TRACED_LAYERS, hardware, documents)
+            trace = _record(config, choices, TRACED_LAYERS, hardware, documents, largest)
             if trace.why_not_uniform() is None:
                 return trace
-        return _record(config, choices, layers, hardware, documents)
+        return _record(config, choices, layers, hardware, documents, largest)
     except LarasError:
         raise
     except Exception as error:  # a model's own code can raise anything
@@ -73,9 +80,16 @@ def trace_step(
 
 
 def _record(
-    config: RunConfig, choices: PlanChoices, layers: int, hardware: HardwareSpec, documents: int | None
+    config: RunConfig,
+    choices: PlanChoices,
+    layers: int,
+    hardware: HardwareSpec,
+    documents: int | None,
+    largest: LargestBatch | None,
 ) -> StepTrace:
     from laras.models.step import eager_step, path_of, target_losses
+
+    largest = largest or LargestBatch(choices.max_length, None, choices.max_length)
 
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at every product
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -108,7 +122,7 @@ def _record(
         stack.enter_context(recorder)
         for index in range(min(2, choices.gradient_accumulation_steps)):
             recorder.begin("batch", index)
-            batch = _batch(choices, choices.per_device_train_batch_size, choices.packing, documents)
+            batch = _training_batch(choices, largest, documents)
             recorder.watch("forward", "loss", "backward", index)
             loss = step(batch, torch.empty((), device="meta"))
             recorder.stop_watching()
@@ -122,7 +136,7 @@ def _record(
         recorder.begin("evaluation", 0)
         recorder.watch("evaluation", "evaluation", None, 1)
         with torch.no_grad():
-            losses = target_losses(model, _batch(choices, choices.per_device_eval_batch_size, False, None))
+            losses = target_losses(model, _rows(choices.per_device_eval_batch_size, largest.eval_row_tokens))
             recorder.stop_watching()
             recorder.begin("evaluation", 2)
             del losses
@@ -248,21 +262,23 @@ def _record_static(recorder: Recorder, model: nn.Module, owner: Mapping[int, int
 # ------------------------------------------------------------ batches
 
 
-def _batch(choices: PlanChoices, rows: int, packed: bool, documents: int | None) -> dict[str, Tensor]:
-    """The largest batch of the plan, every token a target."""
-    shape = (1, rows * choices.max_length) if packed else (rows, choices.max_length)
-
-    def tokens() -> Tensor:
-        return torch.empty(shape, dtype=torch.int64, device="meta")
-
-    if not packed:
-        return {"input_ids": tokens(), "labels": tokens(), "attention_mask": tokens()}
+def _training_batch(choices: PlanChoices, largest: LargestBatch, documents: int | None) -> dict[str, Tensor]:
+    """The largest of the plan, as its collator makes it."""
+    rows = choices.per_device_train_batch_size
+    if not choices.packing:
+        batch = _rows(rows, largest.row_tokens)
+        # Its collator names no targets: their number is in the data, which is not here.
+        return batch if largest.target_tokens is None else {**batch, "target_positions": _ids(largest.target_tokens)}
+    tokens = rows * largest.row_tokens
     offsets = torch.empty((documents or rows) + 1, dtype=torch.int32, device="meta")
-    places = torch.empty(shape[1], dtype=torch.int64, device="meta")
-    return {
-        "input_ids": tokens(),
-        "labels": tokens(),
-        "position_ids": tokens(),
-        "cu_seqlens": offsets,
-        "target_positions": places,
-    }
+    places = _ids(tokens if largest.target_tokens is None else largest.target_tokens)
+    packed = {name: _ids(1, tokens) for name in ("input_ids", "labels", "position_ids")}
+    return {**packed, "cu_seqlens": offsets, "target_positions": places}
+
+
+def _rows(rows: int, tokens: int) -> dict[str, Tensor]:
+    return {name: _ids(rows, tokens) for name in ("input_ids", "labels", "attention_mask")}
+
+
+def _ids(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="meta")

@@ -155,14 +155,16 @@ def _simulated(
     case = one.case
     documents = work.documents(case.micro_batch * case.length_tokens) if one.packing else None
     choices = resolved_choices(config, spec, one, 1)
-    step = simulated_step(simulate, config, choices, spec, hardware, budget, documents)
+    largest = work.largest_batch(case.micro_batch, packing=one.packing)
+    step = simulated_step(simulate, config, choices, spec, hardware, budget, documents, largest)
     expected = case.length_tokens if one.packing else work.expected_longest(case.micro_batch)
+    recorded = case.micro_batch * largest.row_tokens
     step_s = recorded_step_s(
         step.work,
         hardware,
         span_tokens=work.attended_tokens if one.packing else expected,
-        target_share=work.target_share,
-        token_share=expected / case.length_tokens,
+        target_share=work.target_share * recorded / (largest.target_tokens or recorded),
+        token_share=expected / largest.row_tokens,
         accumulation=one.accumulation,
     )
     useful = bin_fill(work) * case.length_tokens if one.packing else work.mean_tokens

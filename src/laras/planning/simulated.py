@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,11 @@ from laras.planning.allocator import replay
 from laras.planning.memory import context_bytes, workspace_bytes
 from laras.planning.trace import StepTrace
 from laras.planning.work import Work
+from laras.planning.workload import LargestBatch
 from laras.record_base import digest_of, write_atomically
 from laras.records import HardwareSpec, MemoryEstimate, ModelSpec, PlanChoices
 
-Simulate = Callable[[RunConfig, PlanChoices, int, HardwareSpec, int | None], StepTrace]
+Simulate = Callable[[RunConfig, PlanChoices, int, HardwareSpec, int | None, LargestBatch | None], StepTrace]
 """As `laras.models.simulation.trace_step`; the pipeline hands it in."""
 
 _LAYOUT = 6  # raised whenever what a trace means changes
@@ -51,13 +52,14 @@ def simulated_step(
     hardware: HardwareSpec,
     budget_bytes: int,
     documents: int | None = None,
+    largest: LargestBatch | None = None,
 ) -> SimulatedStep:
     """The predicted memory of a plan, whether the allocator fits it into the budget, and the work of its step.
 
     Raises:
         LarasError: The model cannot be simulated.
     """
-    trace = _cached(simulate, config, choices, spec, hardware, documents)
+    trace = _cached(simulate, config, choices, spec, hardware, documents, largest)
     whole = trace.unroll(spec.layers)
     peaks = whole.peaks()
     # As a run goes: a rehearsal, after which unused segments are returned, steps, and an evaluation.
@@ -120,6 +122,7 @@ def _cached(
     spec: ModelSpec,
     hardware: HardwareSpec,
     documents: int | None,
+    largest: LargestBatch | None,
 ) -> StepTrace:
     key = {
         "layout": _LAYOUT,
@@ -129,13 +132,14 @@ def _cached(
         "choices": _deciding(choices),
         "device": [hardware.kind, hardware.compute_capability],
         "documents": documents,
+        "largest": largest and astuple(largest),
     }
     path = Path(platformdirs.user_cache_dir("laras", appauthor=False)) / "simulations" / f"{digest_of(key)[:32]}.json"
     try:
         return StepTrace.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError):
         pass  # absent or damaged: made again
-    trace = simulate(config, choices, spec.layers, hardware, documents)
+    trace = simulate(config, choices, spec.layers, hardware, documents, largest)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json.dumps(trace.to_json(), separators=(",", ":")))

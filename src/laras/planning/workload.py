@@ -8,7 +8,23 @@ from math import ceil
 
 from laras.config import RunConfig
 from laras.data.analyze import planned_max_length
+from laras.data.collate import padded_length
 from laras.records import DatasetProfile, LengthStats, ModelSpec, SplitManifest
+
+
+@dataclass(frozen=True)
+class LargestBatch:
+    """The largest micro-batch and the largest evaluation batch that the data can make.
+
+    Attributes:
+        row_tokens: Of a training row, padding included; of a packed bin, `max_length`.
+        target_tokens: Of the micro-batch, those that carry loss; None: all.
+        eval_row_tokens: Of a validation row, padding included.
+    """
+
+    row_tokens: int
+    target_tokens: int | None
+    eval_row_tokens: int
 
 
 @dataclass(frozen=True)
@@ -24,6 +40,7 @@ class Workload:
         validation_tokens: Of the whole validation split.
         target_share: Share of the tokens that carry loss.
         stats: Lengths; None when the data is not known.
+        longest_validation_tokens: Of a validation example; None when it is not known.
     """
 
     length_tokens: int
@@ -34,6 +51,24 @@ class Workload:
     validation_tokens: float
     target_share: float
     stats: LengthStats | None
+    longest_validation_tokens: int | None = None
+
+    def largest_batch(self, rows: int, *, packing: bool) -> LargestBatch:
+        """What the collators can make of the data at most, so that a plan for it is never too low.
+
+        Args:
+            rows: Of a micro-batch; packed, times the planned length.
+            packing: Documents are packed into bins.
+        """
+        stats, validation = self.stats, self.longest_validation_tokens
+        eval_row = self.length_tokens if validation is None else padded_length(validation)
+        row = padded_length(stats.max) if stats and not packing else self.length_tokens
+        if stats is None or stats.target_max is None or stats.target_share_max is None:
+            return LargestBatch(row, None, eval_row)
+        most = rows * min(row, stats.target_max)
+        if packing:
+            most = min(rows * row, ceil(rows * row * stats.target_share_max))
+        return LargestBatch(row, max(1, most), eval_row)
 
     def expected_longest(self, rows: int) -> int:
         """Expected length of a padded batch of that many rows, a multiple of 8."""
@@ -74,6 +109,7 @@ def workload(
         validation_tokens=manifest.validation.tokens.total if manifest else 0,
         target_share=share,
         stats=stats,
+        longest_validation_tokens=manifest.validation.tokens.max if manifest else stats.max,
     )
 
 

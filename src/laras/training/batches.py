@@ -139,10 +139,14 @@ class TrainBatches:
         return self._epoch_order[1]
 
     def longest(self) -> MicroBatch:
-        """The micro-batch that needs the most memory: most slots, then most targets."""
+        """The micro-batch that needs the most memory: of bins, which are all as long, that with most targets; of rows,
+        the longest one beside those with most targets, since nothing keeps them from meeting in a step.
+        """
         if self._bins is not None:
             return max(self._bins, key=lambda one: (int(self.rows.targets[one].sum()), len(one)))
-        return np.argsort(-self.rows.lengths, kind="stable")[: self._micro_rows].tolist()  # type: ignore[no-any-return]
+        first = int(self.rows.lengths.argmax())
+        by_targets = np.argsort(-self.rows.targets, kind="stable")
+        return [first, *by_targets[by_targets != first][: self._micro_rows - 1].tolist()]
 
     def cut(self, micro: MicroBatch, level: int) -> list[MicroBatch]:
         """A micro-batch in pieces of at most 1 / 2^level of the planned size; a single row stays whole."""
