@@ -9,6 +9,7 @@ import typer
 
 from laras.cli.options import ConfigArguments, JsonOption, RunArgument, print_json, read_config
 from laras.cli.view import duration, open_view, size
+from laras.ranks import goes_on_alone
 
 if TYPE_CHECKING:
     from laras.pipeline import TrainOutcome
@@ -47,6 +48,8 @@ def train_command(
     lender = final_run(from_run) if from_run is not None else None
     with open_view() as view:
         outcome = pipeline.train(config, view, given=given, from_run=lender, checkpoint=checkpoint)
+        if not goes_on_alone():
+            return
         evaluation = pipeline.test(outcome.run_dir, view) if test else None
     _show(outcome, evaluation, as_json)
 
@@ -62,6 +65,8 @@ def resume_command(
 
     with open_view() as view:
         outcome = pipeline.resume(run, view, checkpoint=checkpoint)
+        if not goes_on_alone():
+            return
         evaluation = pipeline.test(outcome.run_dir, view) if test else None
     _show(outcome, evaluation, as_json)
 
