@@ -93,4 +93,6 @@ def attach_lora(
     )
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        return get_peft_model(model, config)
+        # Of a model without weights, adapters need none either: those of 8B take seconds to fill with random numbers.
+        is_planned = all(parameter.is_meta for parameter in model.parameters())
+        return get_peft_model(model, config, low_cpu_mem_usage=is_planned)

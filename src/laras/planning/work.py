@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 Product = tuple[int, int, int, int]  # rows, inner, columns, bytes of an element; a batch multiplies its count
@@ -36,9 +36,13 @@ class Work:
     products: tuple[tuple[Product, int], ...] = ()
     copied_bytes: int = 0
 
+    @property
+    def _numbers(self) -> tuple[int, ...]:
+        return self.calls, self.graph_calls, self.engine_calls, self.compiled, self.kernels, self.moved_bytes
+
     def to_json(self) -> list[Any]:
         """Plain values, for the cache."""
-        numbers = astuple(self)[:_NUMBERS]
+        numbers = self._numbers
         counts = [[[*key, count] for key, count in found] for found in (self.attention, self.products)]
         return [*numbers, *counts, self.copied_bytes]
 
@@ -53,9 +57,7 @@ class Work:
 
     def plus(self, other: Work, times: int = 1) -> Work:
         """The sum, the other one taken `times`."""
-        numbers = [
-            one + times * more for one, more in zip(astuple(self)[:_NUMBERS], astuple(other)[:_NUMBERS], strict=True)
-        ]
+        numbers = [one + times * more for one, more in zip(self._numbers, other._numbers, strict=True)]
         return replace(
             Work(*numbers),
             attention=_sum(self.attention, other.attention, times),
