@@ -44,6 +44,8 @@ _MOST_TOKENS = 2**22  # in a micro-batch of several rows: beyond it nothing gets
 _VARLEN_CAPABILITY, _VARLEN_CHANNELS = (8, 0), 256
 # Of the main memory that is free, what inputs of layers may take: it cannot be swapped while the run lasts.
 HOST_SHARE = 0.5
+# What a GiB of it is worth, as a share of the speed: a larger micro-batch gains little, and other programs lose memory.
+_HOST_PRICE = 0.002
 _BIN_FILL = 0.98  # share of a packed bin's slots that hold tokens
 # Largest shares by which packing may change the tokens of an optimizer step: wanted, and at all.
 _EFFECTIVE_SLACKS = (0.05, 0.15)
@@ -81,10 +83,15 @@ class Candidate:
         """Weights are stored in fewer bits than they compute in."""
         return self.case.weights in ("nf4", "int8")
 
+    @property
+    def worth(self) -> float:
+        """The speed, less what the main memory is worth that it takes."""
+        return self.tokens_per_s * (1 - _HOST_PRICE * self.memory.host_bytes / 2**30)
+
     def preference(self) -> tuple[bool, bool, float, int]:
-        """Sorts the best first: full precision, then exact optimizer states, then speed, then memory."""
+        """Sorts the best first: full precision, then exact optimizer states, then worth, then memory."""
         peak = self.memory.train_peak_allocated_bytes
-        return self.quantised, self.case.optim.endswith("8bit"), -self.tokens_per_s, peak
+        return self.quantised, self.case.optim.endswith("8bit"), -self.worth, peak
 
 
 def candidates(

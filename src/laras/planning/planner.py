@@ -212,10 +212,10 @@ def _checkpointing_reason(
         return "off: everything fits, and recomputing costs time" if is_open else "as configured"
     said = ["as configured"]
     if is_open:
-        said = [_why_not([one for one in alike if not one.case.checkpointing], "without it", "recomputing")]
+        said = [_why_not([one for one in alike if not one.case.checkpointing], best, "without it", "recomputing")]
     if kind == "offload":
         whole = [one for one in alike if one.case.checkpoint_kind == "full"]
-        said.append(_why_not(whole, "with inputs of layers on the card", "copying them"))
+        said.append(_why_not(whole, best, "with inputs of layers on the card", "copying them"))
         said.append(f"{_gib(best.memory.host_bytes)} of main memory hold the inputs")
     elif kind == "full" and case.fused and hardware.kind == "cuda":
         element = 4 if case.precision == "fp32" else 2
@@ -226,8 +226,11 @@ def _checkpointing_reason(
     return f"on ({kind}): {'; '.join(said)}"
 
 
-def _why_not(others: list[Candidate], words: str, cost: str) -> str:
-    if any(one.fits for one in others):
+def _why_not(others: list[Candidate], best: Candidate, words: str, cost: str) -> str:
+    fitting = [one for one in others if one.fits]  # by the closed form
+    if any(one.case.micro_batch >= best.case.micro_batch for one in fitting):
+        return f"{words} the allocator needs more than there is"
+    if fitting:
         return f"larger micro-batches gain more than {cost} costs"
     least = min((one.memory.train_peak_reserved_bytes for one in others), default=0)
     return f"{words} at least {_gib(least)} are needed"

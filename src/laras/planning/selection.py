@@ -78,7 +78,7 @@ def select(
     except LarasError as error:
         warning = f"{error.message}; memory is from the closed form, with a margin of 10%"
         return _selection(found, _by_closed_form(found, smallest, 1 - _CLOSED_FORM_MARGIN), warnings=(warning,))
-    return _selection(found, max(fitting, key=lambda one: one.tokens_per_s), [*fitting, *refused])
+    return _selection(found, max(fitting, key=lambda one: one.worth), [*fitting, *refused])
 
 
 def _fitting(
@@ -112,7 +112,7 @@ def _fitting(
 
 def _contends(one: Candidate, first: Candidate) -> bool:
     alike = one.preference()[:2] == first.preference()[:2]
-    return alike and one.tokens_per_s >= _CONTENDER_SHARE * first.tokens_per_s
+    return alike and one.worth >= _CONTENDER_SHARE * first.worth
 
 
 def _selection(
