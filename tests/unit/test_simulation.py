@@ -145,6 +145,22 @@ def test_paged_states_leave_the_device(simulate):
     assert paged["states"] - paged["weights"] < 0.02 * (exact["states"] - exact["weights"])
 
 
+PRODUCTS_OF_THEIR_OWN = {  # by `@`, by `addmm`, by `baddbmm`
+    "falcon": {"multi_query": True},
+    "gpt2": {"n_embd": 256, "n_layer": 8, "n_head": 4, "vocab_size": 4096, "n_positions": 4096},
+    "bloom": {"n_layer": 8, "n_head": 4},
+}
+
+
+@pytest.mark.parametrize("model_type", PRODUCTS_OF_THEIR_OWN)
+def test_products_compute_in_half_precision_however_a_model_writes_them(simulate, model_type):
+    attention = {"attention": "eager"} if model_type == "bloom" else {}
+    trace = simulate(shape(model_type, **PRODUCTS_OF_THEIR_OWN[model_type]), loss_kind="full", **attention)
+    products = trace.work(SIZES["num_hidden_layers"])["forward"].products
+    large = [product for product, _ in products if product[0] >= 4 * 512]
+    assert large and {element_bytes for *_, element_bytes in large} == {2}
+
+
 def test_a_trace_survives_the_cache(simulate):
     trace = simulate(shape("llama"))
     assert StepTrace.from_json(json.loads(json.dumps(trace.to_json()))) == trace

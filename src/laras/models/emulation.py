@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
@@ -198,28 +198,46 @@ def counted_kernels(recorder: Recorder) -> Iterator[None]:
         yield
 
 
+# Products that autocast lowers, as functions and as methods. Source: torch 2.13, `aten/src/ATen/autocast_mode.h`.
+_LOWERED = ("matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm")
+
+
 @contextmanager
 def autocast_like_cuda(precision: Precision) -> Iterator[None]:
     """What `torch.autocast` does on CUDA: it has no meta backend.
 
-    Products compute in half precision, with casts of trainable leaves kept until the step ends; layer norms compute in
-    fp32. Functions are replaced, since a mode would be off while backward recomputes checkpointed layers.
+    Products compute in half precision, with casts of trainable leaves kept until the step ends; layer norms and softmax
+    compute in fp32. Functions are replaced, since a mode would be off while backward recomputes checkpointed layers.
     """
     low = torch.bfloat16 if precision == "bf16" else torch.float16
     kept: dict[int, tuple[Tensor, Tensor]] = {}
-    linear, layer_norm, power = functional.linear, functional.layer_norm, torch.pow
+    layer_norm, softmax, power = functional.layer_norm, functional.softmax, torch.pow
 
-    def lowered(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.dtype is not torch.float32:
-            return tensor
-        if not (tensor.is_leaf and tensor.requires_grad):
-            return tensor.to(low)
-        if id(tensor) not in kept:
-            kept[id(tensor)] = (tensor, tensor.to(low))
-        return kept[id(tensor)][1]
+    def lowered(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dtype is not torch.float32:
+            return value
+        if not (value.is_leaf and value.requires_grad):
+            return value.to(low)
+        if id(value) not in kept:
+            kept[id(value)] = (value, value.to(low))
+        return kept[id(value)][1]
 
-    def low_linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return linear(lowered(inputs), lowered(weight), lowered(bias))  # type: ignore[arg-type]
+    def in_low(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def product(*inputs: Any, **options: Any) -> Tensor:
+            return function(*map(lowered, inputs), **{name: lowered(value) for name, value in options.items()})
+
+        return product
+
+    def in_low_if_mixed(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Rotations multiply two fp32 tensors where autocast is off, which cannot be seen on the meta device."""
+        product = in_low(function)
+
+        def mixed(*inputs: Any, **options: Any) -> Tensor:
+            tensors = [one for one in (*inputs, *options.values()) if isinstance(one, Tensor)]
+            chosen = product if any(one.dtype is low for one in tensors) else function
+            return chosen(*inputs, **options)
+
+        return mixed
 
     def high_norm(
         inputs: Tensor, shape: Any, weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
@@ -227,18 +245,27 @@ def autocast_like_cuda(precision: Precision) -> Iterator[None]:
         wide_weight, wide_bias = (None if one is None else one.float() for one in (weight, bias))
         return layer_norm(inputs.float(), shape, wide_weight, wide_bias, eps)
 
+    def high_softmax(
+        inputs: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        return softmax(inputs, dim, dtype=dtype or torch.float32)
+
     def high_power(inputs: Any, exponent: Any) -> Tensor:
         return power(inputs.float() if isinstance(inputs, Tensor) else inputs, exponent)
 
     was = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", low)
+    products = [(Tensor, "__matmul__"), *((place, name) for place in (torch, Tensor) for name in _LOWERED)]
     try:
-        with (
-            mock.patch.object(functional, "linear", low_linear),
-            mock.patch.object(functional, "layer_norm", high_norm),
-            mock.patch.object(torch, "pow", high_power),
-        ):
+        with ExitStack() as stack:
+            for name in ("linear", "conv1d"):
+                stack.enter_context(mock.patch.object(functional, name, in_low(getattr(functional, name))))
+            for place, name in products:
+                stack.enter_context(mock.patch.object(place, name, in_low_if_mixed(getattr(place, name))))
+            stack.enter_context(mock.patch.object(functional, "layer_norm", high_norm))
+            stack.enter_context(mock.patch.object(functional, "softmax", high_softmax))
+            stack.enter_context(mock.patch.object(torch, "pow", high_power))
             yield
     finally:
         torch.set_autocast_enabled("cuda", was[0])
