@@ -163,6 +163,8 @@ def _reasons(
     case, given = best.case, "as configured"
     cap = min(config.max_length, spec.max_position_embeddings)
     verdict = "the fastest that fits" if best.fits else "the smallest that the configuration allows"
+    if best.fits and best.memory.host_bytes:
+        verdict = "about the fastest that fits; a larger one takes more main memory"
     size = f"{spec.total_parameters / 1e9:.2f}B parameters"
     padding = 1 - work.mean_tokens / max(1, work.expected_longest(case.micro_batch))
     refusal = packing_refusal(config, spec, hardware, precision, work)
