@@ -6,11 +6,14 @@ With several processes (`torchrun`, `accelerate launch`) rank 0 prepares, plans 
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import nullcontext
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -325,9 +328,26 @@ def _count_parameters(config: RunConfig) -> Any:
 
 def _simulate(*arguments: Any) -> Any:
     """`laras.models.simulation.trace_step`, loaded only when the cache has no answer: it brings torch."""
+    if "laras.models.simulation" not in sys.modules:
+        with _collector_at_rest(), suppress(Exception):  # what fails here fails again below, where it is told
+            import_module("laras.models.simulation")
+            import_module("laras.models.build")
     from laras.models.simulation import trace_step
 
     return trace_step(*arguments)
+
+
+@contextmanager
+def _collector_at_rest() -> Iterator[None]:
+    """For imports: thousands of modules, which stay, and through which the collector would look again and again."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
 
 
 def _require_fit(chosen: TrainPlan) -> None:

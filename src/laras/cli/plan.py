@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -17,6 +20,7 @@ if TYPE_CHECKING:
     from laras.records import TrainPlan
 
 _BAR_CHARS = 40
+_NO_COMPILER = "TORCHDYNAMO_DISABLE"  # read by torch.compile
 _GIB = 2**30
 _SHOWN = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "packing", "max_length",
@@ -41,7 +45,7 @@ def plan_command(
     if gpu is not None:
         overrides.append(f"gpu={gpu}")
     config = load_config(path, overrides)
-    with open_view() as view:
+    with open_view() as view, _without_compiler():
         made = plan(config, view)
     if as_json:
         print_json(plan_json(made))
@@ -49,6 +53,20 @@ def plan_command(
         show_plan(made)
     if not made.fits:
         raise typer.Exit(int(ExitCode.PLAN))
+
+
+@contextmanager
+def _without_compiler() -> Iterator[None]:
+    """Libraries that compile functions when they are imported load a compiler; a plan runs none of them."""
+    before = os.environ.get(_NO_COMPILER)
+    os.environ[_NO_COMPILER] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_NO_COMPILER]
+        else:
+            os.environ[_NO_COMPILER] = before
 
 
 def show_plan(plan: TrainPlan) -> None:
