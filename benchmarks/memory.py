@@ -268,15 +268,17 @@ def predict(out: Path, only: str, found: list[Case]) -> None:
                     trace = trace_step(config, choices, spec.layers, hardware, documents_of(choices))
                     whole = trace.unroll(spec.layers)
                     peaks = whole.peaks()
-                    # As it is measured: two steps, unused segments returned, a third.
-                    training = whole.in_training(3)
-                    step = replay(training.until("evaluation"), released_at=training.starts[-1])
+                    # As it is measured: two steps, unused segments returned, three more, an evaluation.
+                    training = whole.in_training(5)
+                    steps, released_at = training.until("evaluation"), training.starts[2]
+                    step = replay(steps, released_at=released_at)
+                    evaluated = replay(training.events, released_at=released_at, first=len(steps))
                     reserved = step.peak_reserved_bytes + workspace
                     train = step.peak_allocated_bytes
                     process = reserved + context_bytes(hardware) + trace.paged_bytes(spec.layers)
                     row |= {
                         "train_MiB": (train + workspace) / MIB,
-                        "eval_MiB": (peaks["evaluation"] + workspace) / MIB,
+                        "eval_MiB": (evaluated.allocated_after_first_bytes + workspace) / MIB,
                         "reserved_MiB": reserved / MIB,
                         "process_MiB": process / MIB,
                         "recorded_s": recorded_step_s(

@@ -75,7 +75,9 @@ def test_states_that_come_after_the_first_step_keep_its_segments():
     # weights | activations, then states in the gap that they left, the update | the same again | evaluation
     assert real.events[:5] == (weights, activation, activation, -3, -2)
     assert real.events[5] == state
-    assert sum(event > 0 for event in real.events) == 2 + 2 * 3
+    # What the update leaves until evaluation goes with the step, as autocast's copies do, and comes again.
+    assert sum(event > 0 for event in real.events) == 2 + 2 * 3 + 1
+    assert real.events[-2:] == (8 * MIB, -9)
     assert real.peaks()["batch"] == before.peaks()["batch"]
     released = {one: replay(one.events, released_at=one.starts[-1]) for one in (real,)}[real]
     assert released.peak_reserved_bytes > replay(before.events).peak_reserved_bytes
@@ -96,3 +98,6 @@ def test_a_rehearsal_comes_before_the_first_step_and_leaves_no_segment():
     assert real.until("evaluation") == real.events[:-2]
     rehearsed = replay(real.until("evaluation"), released_at=real.starts[0])
     assert rehearsed == replay(before.in_training(1).until("evaluation"), released_at=1)
+    whole = replay(real.events, released_at=real.starts[0], first=len(real.events) - 2)
+    assert whole.allocated_at_first_bytes == rehearsed.peak_allocated_bytes
+    assert whole.allocated_after_first_bytes == weights + state + 40 * MIB

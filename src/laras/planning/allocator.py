@@ -158,6 +158,7 @@ class Replay:
         peak_reserved_bytes: As `torch.cuda.max_memory_reserved` counts.
         retries: How often unused segments had to be returned to make room; each costs time.
         allocated_at_first_bytes: Peak of the allocated bytes before the event that `first` names; of all without.
+        allocated_after_first_bytes: From there on.
     """
 
     fits: bool
@@ -165,6 +166,7 @@ class Replay:
     peak_reserved_bytes: int
     retries: int
     allocated_at_first_bytes: int = 0
+    allocated_after_first_bytes: int = 0
 
 
 def replay(
@@ -180,15 +182,16 @@ def replay(
         events: `n > 0` allocates n bytes; `-i` frees the i-th allocation, counted from 1.
         capacity_bytes: Most that may be reserved; None is unlimited.
         released_at: Unused segments are returned, and peaks begin again, before the event of this number.
-        first: So many events are looked at by themselves too.
+        first: So many events are looked at by themselves too, and those that follow.
     """
     allocator = CachingAllocator(capacity_bytes)
     addresses: list[int] = []
-    fits, at_first = True, None
+    fits, at_first = True, 0
     try:
         for number, event in enumerate(events):
             if number == first:
                 at_first = allocator.peak_allocated_bytes
+                allocator.peak_allocated_bytes = allocator.allocated_bytes
             if number == released_at:
                 allocator.release_unused()
                 allocator.peak_allocated_bytes = allocator.allocated_bytes
@@ -199,5 +202,5 @@ def replay(
                 allocator.free(addresses[-event - 1])
     except CapacityExceeded:
         fits = False
-    allocated, reserved = allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
-    return Replay(fits, allocated, reserved, allocator.retries, allocated if at_first is None else at_first)
+    after, reserved = allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
+    return Replay(fits, max(at_first, after), reserved, allocator.retries, at_first or after, after)

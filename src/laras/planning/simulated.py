@@ -25,6 +25,7 @@ Simulate = Callable[[RunConfig, PlanChoices, int, HardwareSpec, int | None, Larg
 """As `laras.models.simulation.trace_step`; the pipeline hands it in."""
 
 _LAYOUT = 6  # raised whenever what a trace means changes
+_STEPS = 4  # that are replayed: what is reserved hardly grows any more
 _TRAINING = ("weights", "states", "batch", "forward", "loss", "backward", "end", "optimizer", "release")
 _MOMENTS = {"loss": "loss", "backward": "backward of a layer", "forward": "forward", "optimizer": "optimizer step"}
 
@@ -63,7 +64,7 @@ def simulated_step(
     whole = trace.unroll(spec.layers)
     peaks = whole.peaks()
     # As a run goes: a rehearsal, after which unused segments are returned, steps, and an evaluation.
-    training = whole.in_training(rehearsed=True)
+    training = whole.in_training(_STEPS, rehearsed=True)
     workspace = workspace_bytes(hardware)
     train = {kind: peaks.get(kind, 0) for kind in _TRAINING}
     moment = max(train, key=lambda kind: train[kind])
@@ -87,7 +88,7 @@ def simulated_step(
     estimate = MemoryEstimate(
         train_peak_allocated_bytes=peak,
         train_peak_reserved_bytes=result.peak_reserved_bytes + workspace,
-        eval_peak_allocated_bytes=peaks.get("evaluation", 0) + workspace,
+        eval_peak_allocated_bytes=result.allocated_after_first_bytes + workspace,
         device_budget_bytes=budget_bytes,
         components=components,
         peak_moment=_MOMENTS.get(moment, moment),
@@ -100,14 +101,14 @@ def simulated_step(
 def summary_of(trace: StepTrace, layers: int) -> dict[str, int]:
     """A step in a few numbers: peaks in bytes, without workspaces, and what the device and the host have to do."""
     whole = trace.unroll(layers)
-    training = whole.in_training(rehearsed=True)
+    training = whole.in_training(_STEPS, rehearsed=True)
     result = replay(training.events, released_at=training.starts[0], first=len(training.until("evaluation")))
     steps = [part for kind, part in trace.work(layers).items() if kind != "evaluation"]
     products = [product for part in steps for product in part.products]
     return {
         "allocated_bytes": result.allocated_at_first_bytes,
         "reserved_bytes": result.peak_reserved_bytes,
-        "evaluation_bytes": whole.peaks().get("evaluation", 0),
+        "evaluation_bytes": result.allocated_after_first_bytes,
         "paged_bytes": trace.paged_bytes(layers),
         "calls": sum(part.calls + part.graph_calls + part.engine_calls for part in steps),
         "moved_bytes": sum(part.moved_bytes for part in steps),

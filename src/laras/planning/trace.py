@@ -256,6 +256,8 @@ class _TrainingOrder:
     def __init__(self, whole: Unrolled) -> None:
         self._whole = whole
         self._numbers = list(accumulate(int(event > 0) for event in whole.events))
+        self._sizes = [event for event in whole.events if event > 0]
+        self._freed = {-event: position for position, event in enumerate(whole.events) if event < 0}
         self._copies: dict[int, int] = {}  # live allocations, by their number in the trace
         self._events: list[int] = []
         self._marks: list[tuple[int, str]] = []
@@ -270,9 +272,7 @@ class _TrainingOrder:
         starts = []
         if rehearsed:
             self._copy(first, min(self._start("end"), update))
-            self._give_back_all_but(before)
-            self._copy(evaluation, len(self._whole.events))
-            self._give_back_all_but(before)
+            self._evaluate(evaluation, before)
         for number in range(steps):
             starts.append(len(self._events))
             self._copy(first, update)
@@ -280,13 +280,31 @@ class _TrainingOrder:
                 self._copy(states, first)
                 before |= set(self._copies) & set(self._numbers[states:first])
             self._copy(update, evaluation)
-            self._give_back_all_but(before)
-        self._copy(evaluation, len(self._whole.events))
+            left = self._give_back_all_but(before)
+        self._evaluate(evaluation, before, left)
         return Unrolled(tuple(self._events), tuple(self._marks), tuple(starts))
 
-    def _give_back_all_but(self, kept: set[int]) -> None:
-        for left in [one for one in self._copies if one not in kept]:
-            self._events.append(-self._copies.pop(left))
+    def _evaluate(self, start: int, kept: set[int], left: Sequence[int] = ()) -> None:
+        """An evaluation batch; what autocast had kept from the step before, `left`, it casts again."""
+        left = left or self._give_back_all_but(kept)
+        if start < len(self._whole.events):
+            self._marks.append((len(self._events), "evaluation"))
+        for number in left:
+            if self._freed.get(number, start) >= start:
+                self._take(number, self._sizes[number - 1])
+        self._copy(start, len(self._whole.events))
+        self._give_back_all_but(kept)
+
+    def _give_back_all_but(self, kept: set[int]) -> list[int]:
+        left = [one for one in self._copies if one not in kept]
+        for one in left:
+            self._events.append(-self._copies.pop(one))
+        return left
+
+    def _take(self, number: int, size: int) -> None:
+        self._allocations += 1
+        self._copies[number] = self._allocations
+        self._events.append(size)
 
     def _start(self, kind: str) -> int:
         return next((start for start, name in self._whole.marks if name == kind), len(self._whole.events))
@@ -294,15 +312,13 @@ class _TrainingOrder:
     def _copy(self, start: int, end: int) -> None:
         kinds = dict(self._whole.marks)
         within = [name for position, name in self._whole.marks if position <= start]
-        if start < end and within:
+        if start < end and within and not (self._marks and self._marks[-1][1] == within[-1]):
             self._marks.append((len(self._events), within[-1]))
         for position in range(start, end):
             if position in kinds and position > start:
                 self._marks.append((len(self._events), kinds[position]))
             event = self._whole.events[position]
             if event > 0:
-                self._allocations += 1
-                self._copies[self._numbers[position]] = self._allocations
-                self._events.append(event)
+                self._take(self._numbers[position], event)
             elif -event in self._copies:  # else: given back at the end of its step
                 self._events.append(-self._copies.pop(-event))
