@@ -6,14 +6,11 @@ With several processes (`torchrun`, `accelerate launch`) rank 0 prepares, plans 
 
 from __future__ import annotations
 
-import gc
 import os
 import shutil
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -308,6 +305,7 @@ def import_backend(config: RunConfig, observer: Observer) -> str | None:
 def _plan(
     config: RunConfig, prepared: PreparedData | None, observer: Observer, import_failure: str | None = None
 ) -> TrainPlan:
+    from laras.models.cold_start import trace_step
     from laras.planning.counts import with_counts
     from laras.planning.hardware import load_hardware
     from laras.planning.planner import plan_training
@@ -316,7 +314,7 @@ def _plan(
     spec = _load_spec(config).model_copy(update={"source": config.model_name_or_path})
     spec = with_counts(spec, config, _count_parameters)
     profile, manifest = (prepared.profile, prepared.manifest) if prepared else (None, None)
-    return plan_training(config, profile, manifest, spec, load_hardware(config.gpu), _simulate, import_failure)
+    return plan_training(config, profile, manifest, spec, load_hardware(config.gpu), trace_step, import_failure)
 
 
 def _count_parameters(config: RunConfig) -> Any:
@@ -324,30 +322,6 @@ def _count_parameters(config: RunConfig) -> Any:
     from laras.models.parameters import count_parameters
 
     return count_parameters(config)
-
-
-def _simulate(*arguments: Any) -> Any:
-    """`laras.models.simulation.trace_step`, loaded only when the cache has no answer: it brings torch."""
-    if "laras.models.simulation" not in sys.modules:
-        with _collector_at_rest(), suppress(Exception):  # what fails here fails again below, where it is told
-            import_module("laras.models.simulation")
-            import_module("laras.models.build")
-    from laras.models.simulation import trace_step
-
-    return trace_step(*arguments)
-
-
-@contextmanager
-def _collector_at_rest() -> Iterator[None]:
-    """For imports: thousands of modules, which stay, and through which the collector would look again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        if was_enabled:
-            gc.enable()
 
 
 def _require_fit(chosen: TrainPlan) -> None:
