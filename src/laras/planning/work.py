@@ -37,14 +37,13 @@ class Work:
     copied_bytes: int = 0
 
     @property
-    def _numbers(self) -> tuple[int, ...]:
-        return self.calls, self.graph_calls, self.engine_calls, self.compiled, self.kernels, self.moved_bytes
+    def _numbers(self) -> list[Any]:  # a list of `Any`, as arguments in their order
+        return [self.calls, self.graph_calls, self.engine_calls, self.compiled, self.kernels, self.moved_bytes]
 
     def to_json(self) -> list[Any]:
         """Plain values, for the cache."""
-        numbers = self._numbers
         counts = [[[*key, count] for key, count in found] for found in (self.attention, self.products)]
-        return [*numbers, *counts, self.copied_bytes]
+        return [*self._numbers, *counts, self.copied_bytes]
 
     @classmethod
     def from_json(cls, values: list[Any]) -> Work:
@@ -57,7 +56,7 @@ class Work:
 
     def plus(self, other: Work, times: int = 1) -> Work:
         """The sum, the other one taken `times`."""
-        numbers = [one + times * more for one, more in zip(self._numbers, other._numbers, strict=True)]
+        numbers: list[Any] = [one + times * more for one, more in zip(self._numbers, other._numbers, strict=True)]
         return replace(
             Work(*numbers),
             attention=_sum(self.attention, other.attention, times),
