@@ -9,6 +9,7 @@ import typer
 from typer.testing import CliRunner
 
 import tiny_models
+from laras.cli import chat as chat_module
 from laras.cli.chat import chat_command
 from laras.cli.export import export_command
 from laras.errors import ConfigError
@@ -38,6 +39,14 @@ def test_one_prompt_gives_one_answer_that_a_program_can_read(run):
     tuned = json.loads(chat(run, "--prompt", "sea", "--json").stdout)["answers"]
     assert tuned == {"tuned": both["answers"]["tuned"]}
     assert chat(run, "--prompt", "sea", "--base").stdout.strip() == both["answers"]["base"]["text"]
+
+
+def test_what_a_library_prints_while_it_loads_stays_off_standard_output(run, monkeypatch):
+    real = chat_module._load
+    monkeypatch.setattr(chat_module, "_load", lambda path: print("a greeting") or real(path))
+    done = chat(run, "--prompt", "sea", "--json")
+    assert set(json.loads(done.stdout)) == {"run_dir", "prompt", "answers"}
+    assert "a greeting" in done.stderr
 
 
 def test_a_conversation_switches_models_remembers_and_forgets(run):

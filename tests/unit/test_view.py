@@ -134,3 +134,17 @@ def test_plain_lines_break_a_long_silence(capsys: pytest.CaptureFixture[str], mo
         view.stage_started("loading the model")
         time.sleep(1.6)
     assert "  loading the model: 1 s so far" in capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("kind", [PlainView, LiveView])
+def test_what_libraries_print_while_stages_work_stays_off_standard_output(
+    kind: type[view_module.View], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="broken"), kind() as view:
+        print("a greeting")
+        view.message("a line")
+        raise ValueError("broken")
+    print("the result")
+    shown = capsys.readouterr()
+    assert shown.out == "the result\n"
+    assert "a greeting" in shown.err and "a line" in shown.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
@@ -42,14 +43,15 @@ def chat_command(
     from laras.rundir import RunDir
 
     RunDir(run).load_config()
-    from transformers.utils.logging import set_verbosity_error
+    with redirect_stdout(sys.stderr):  # some libraries greet there; stdout is for answers
+        from transformers.utils.logging import set_verbosity_error
 
-    from laras.evaluation.generate import GenerationSettings
+        from laras.evaluation.generate import GenerationSettings
 
-    set_verbosity_error()  # type: ignore[no-untyped-call]
+        set_verbosity_error()  # type: ignore[no-untyped-call]
+        models = _load(run)
     names = ("base", "tuned") if compare else ("base",) if base else ("tuned",)
-    settings = GenerationSettings(max_new_tokens, temperature, top_p, seed)
-    chat = _Chat(_load(run), settings, system, names)
+    chat = _Chat(models, GenerationSettings(max_new_tokens, temperature, top_p, seed), system, names)
     if prompt is None:
         _converse(chat)
         return

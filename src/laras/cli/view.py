@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+from contextlib import redirect_stdout
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -26,15 +27,20 @@ _BAR_COLUMNS = 10
 
 
 class View(Observer):
-    """Common words of both views. Use as a context manager, so that a live line is always taken away."""
+    """Common words of both views. Use as a context manager, so that a live line is always taken away.
+
+    Inside of it what libraries print goes to stderr: stdout is for the result, which comes after.
+    """
 
     def __enter__(self) -> Self:
+        self._printed = redirect_stdout(sys.stderr)
+        self._printed.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        pass
+        self._printed.__exit__(kind, error, trace)
 
     def line(self, text: str, style: str | None = None) -> None:
         """One line that stays."""
@@ -89,11 +95,12 @@ class PlainView(View):
 
     def __enter__(self) -> Self:
         self._watch.start()
-        return self
+        return super().__enter__()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        super().__exit__(kind, error, trace)
         self._ended.set()
         self._watch.join()
 
@@ -164,6 +171,7 @@ class LiveView(View):
         self._task: TaskID | None = None
 
     def __enter__(self) -> Self:
+        super().__enter__()
         self._progress.start()
         return self
 
@@ -171,6 +179,7 @@ class LiveView(View):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        super().__exit__(kind, error, trace)
 
     def line(self, text: str, style: str | None = None) -> None:
         """One line above the moving one."""
