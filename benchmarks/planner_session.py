@@ -2,11 +2,11 @@
 
     python benchmarks/planner_session.py --out DIR --budget-s 560     # one GPU of 80 GB; random weights, no network
 
-In the order of what is worth most: whether plans hold under memory caps (`cap_grid.py`), blind predictions of shapes
-that were never measured, then the published cases on today's layers (`memory.py`). Each result is a line of a file in
-DIR as soon as it is there, and what has a line is not measured again. Afterwards, on a CPU, with DIR's files in
-`benchmarks/results`: `cap_grid.py report`, `memory.py --blind report`, `memory.py predict` and `report`,
-`step_time.py record` and `fit`.
+In the order of what is worth most: what is missing of the plans under memory caps (`cap_grid.py`), the published cases
+on today's layers, then blind predictions of shapes that were never measured (`memory.py`). Each result is a line of a
+file in DIR as soon as it is there; DIR begins with what `benchmarks/results` has, and what has a line is not measured
+again. Afterwards, on a CPU, with DIR's files in `benchmarks/results`: `cap_grid.py report`, `memory.py --blind report`,
+`memory.py report`, `step_time.py record` and `fit`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ HERE = Path(__file__).parent
 # Script, arguments, and the most seconds of it in one call.
 ORDER = (
     ("cap_grid.py", ("measure",), 700),
-    ("memory.py", ("--blind", "measure"), 300),
-    ("memory.py", ("measure",), 400),
+    ("memory.py", ("--today", "measure"), 700),
+    ("memory.py", ("--blind", "measure"), 700),
 )
+KEPT = ("cap_grid_plans.jsonl", "cap_grid_measured.jsonl", "memory_today_measured.jsonl", "memory_blind_measured.jsonl")
 _LEAST_S, _GRACE_S = 30, 60  # a script looks at the clock between cases
 
 
@@ -34,9 +35,10 @@ def main() -> int:
     parser.add_argument("--budget-s", type=float, default=560)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    plans = options.out / "cap_grid_plans.jsonl"
-    if not plans.exists():  # as they were made before anything was measured
-        shutil.copy(HERE / "results" / plans.name, plans)
+    for name in KEPT:
+        known = HERE / "results" / name
+        if known.exists() and not (options.out / name).exists():
+            shutil.copy(known, options.out / name)
     started = time.monotonic()
     for script, arguments, most_s in ORDER:
         left_s = options.budget_s - (time.monotonic() - started)
