@@ -129,6 +129,20 @@ def test_main_memory_is_a_limit_and_more_of_it_a_remedy_that_works():
     assert plan_beside(**keys, main_memory_gib=float(remedy.split()[0]) + 0.1).fits
 
 
+def test_a_simulated_plan_still_says_how_much_main_memory_it_takes(monkeypatch, tmp_path):
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path))
+
+    def simulate(config, choices, layers, *_):
+        weights = 10**9 if choices.checkpoint_kind == "offload" else 10**12
+        forward = Segment("forward", 0, 0, (10**6, -2), Work(calls=1000))
+        return StepTrace(layers, (Segment("weights", 0, -1, (weights,)), forward))
+
+    hardware = find_gpu("rtx 4060 ti 16gb").to_hardware()
+    result = plan_training(RunConfig(max_length=8192), None, None, wide_spec(), hardware, simulate)
+    assert (result.memory.method, result.choices.checkpoint_kind) == ("simulation", "offload")
+    assert result.memory.host_bytes > 0
+
+
 def test_main_memory_is_not_taken_for_a_gain_that_nobody_sees():
     result = plan_beside("rtx 4090", max_length=16384)
     sizes = [one for one in result.alternatives if one.fits and one.checkpoint_kind == "offload"]
