@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from laras.config import RunConfig
 from laras.config_file import load_config
+from laras.planning.catalogue import find_gpu
 
 
 def laras(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -43,3 +47,22 @@ def test_version_and_help_answer_without_importing_torch(tmp_path: Path) -> None
     code += "except SystemExit: print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("False")
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("laras re", {"resume", "report"}),
+        ("laras export --format g", {"gguf"}),
+        ("laras export --qua", {"--quantization"}),
+        ("laras plan --gpu a100", {"a100-40gb", "a100-80gb"}),
+        ("laras test some", {""}),  # a folder is the shell's own to complete
+    ],
+)
+def test_the_shell_completes_verbs_options_and_their_values(line: str, offered: set[str]) -> None:
+    asked = {"_LARAS_COMPLETE": "complete_bash", "COMP_WORDS": line, "COMP_CWORD": str(len(line.split()) - 1)}
+    command = [str(Path(sys.executable).with_name("laras"))]
+    done = subprocess.run(command, env={**os.environ, **asked}, capture_output=True, text=True, check=True)
+    assert set(done.stdout.rstrip("\n").split("\n")) == offered
+    for name in offered - {"", "resume", "report", "gguf", "--quantization"}:
+        assert find_gpu(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -29,10 +30,23 @@ _SHOWN = (
 )  # fmt: skip
 
 
+def _gpu_names(incomplete: str) -> list[str]:
+    """Cards of the catalogue as a shell completes them, in one word each: `rtx4090`, `a100-80gb`."""
+    from laras.planning.catalogue import CATALOGUE
+
+    words = [re.sub(r" (?=\d+gb$)", "-", gpu.name.lower()).replace(" ", "") for gpu in CATALOGUE]
+    return [word for word in words if word.startswith(incomplete.lower())]
+
+
 def plan_command(
     arguments: ConfigArguments = None,
     gpu: Annotated[
-        str | None, typer.Option("--gpu", help="Plan for this card instead of the local one: t4, l4, rtx4090, h100 …")
+        str | None,
+        typer.Option(
+            "--gpu",
+            help="Plan for this card instead of the local one: t4, l4, rtx4090, h100 …",
+            autocompletion=_gpu_names,
+        ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
