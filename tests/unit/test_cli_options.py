@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from laras.cli.options import print_json, read_config, split_arguments
+from laras.cli.sweep import sweep_command
 from laras.errors import ConfigError
 
 
@@ -53,3 +54,9 @@ def test_every_problem_of_the_command_line_is_told_at_once() -> None:
 def test_json_is_one_object_and_has_no_number_that_json_lacks(capsys: pytest.CaptureFixture[str]) -> None:
     print_json({"loss": float("nan"), "pair": (float("inf"), 1.5), "text": "é"})
     assert json.loads(capsys.readouterr().out) == {"loss": None, "pair": [None, 1.5], "text": "é"}
+
+
+def test_a_search_written_as_a_value_is_told_the_option() -> None:
+    with pytest.raises(ConfigError, match="what to search") as caught:
+        sweep_command(["learning_rate=1e-5..1e-3:log", "--lora-r", "4,8", "weight_decay=0.1", "report_to=[]"])
+    assert caught.value.hint == "write --search learning_rate=1e-5..1e-3:log --search lora_r=4,8"

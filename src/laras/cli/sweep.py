@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from laras.sweeping.outcome import SweepOutcome
 
 _WHOLE_NAMES = 3
+_SEARCHED = re.compile(r"[\d.eE+-]+\.\.[\d.eE+-]+(:\w+)?|[\d.eE+-]+(,[\d.eE+-]+)+")  # a range, or some numbers
 _UNITS_S = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 _PART = re.compile(r"(\d+(?:\.\d+)?)\s*(s|min|m|h|d)")
 
@@ -54,6 +55,7 @@ def sweep_command(
 
     limit_s = parse_time(time_limit) if time_limit is not None else None
     folder = _sweep_folder(arguments or [], search)
+    _refuse_searches_among(arguments or [])
     with open_view() as view:
         if folder is not None:
             outcome = continue_sweep(folder, trials=trials, time_limit_s=limit_s, observer=view)
@@ -69,6 +71,17 @@ def sweep_command(
             )
         evaluation = pipeline.test(outcome.final, view) if test and outcome.final else None
     _show(outcome, evaluation, as_json)
+
+
+def _refuse_searches_among(arguments: list[str]) -> None:
+    """`learning_rate=1e-5..1e-3` without `--search` is an easy slip, and as a value it says nothing."""
+    searches = [word for word in split_arguments(arguments)[1] if _SEARCHED.fullmatch(word.partition("=")[2])]
+    if searches:
+        parts = [word.partition("=") for word in searches]
+        raise ConfigError(
+            f"{', '.join(searches)}: that is what to search, not a value",
+            hint="write " + " ".join(f"--search {key.replace('-', '_')}={values}" for key, _, values in parts),
+        )
 
 
 def parse_time(text: str) -> float:
