@@ -125,6 +125,8 @@ def test_what_is_missing_is_known_without_running_anything(grid, world, monkeypa
     done = {}
     rows = list(grid.search(subject, list(facts), plans, grid.CAPS_GIB, run, done))
     assert not grid.is_missing(subject, plans, done)
+    assert not grid.lacks_its_plans(subject, plans, done)
+    assert grid.lacks_its_plans(subject, plans, {})
     for row in rows:
         assert grid.is_missing(subject, plans, {key: one for key, one in done.items() if key != row["key"]})
 
