@@ -263,7 +263,10 @@ def _write_report(run: RunDir, observer: Observer) -> None:
 
 
 def _load_tokenizer(config: RunConfig, observer: Observer) -> PreTrainedTokenizerBase:
+    from laras.models import cold_start
+
     observer.stage_started("loading the tokenizer")
+    cold_start.load("laras.models.loader")
     from laras.models.loader import load_tokenizer
 
     return load_tokenizer(

@@ -1,34 +1,40 @@
-"""The way to the simulation for whom has not loaded its libraries: a plan that the cache answers needs none of them."""
+"""First imports of torch, transformers and peft, and the simulation for whom has not loaded them.
+
+A plan that the cache answers needs none of them.
+"""
 
 from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
 
-def trace_step(*arguments: Any) -> Any:
-    """`laras.models.simulation.trace_step`, loaded now: it brings torch, transformers and peft."""
-    if "laras.models.simulation" not in sys.modules:
-        with collector_at_rest(), suppress(Exception):  # what fails here fails again below, where it is told
-            import_module("laras.models.simulation")
-            import_module("laras.models.build")
-    from laras.models import simulation
+def load(*modules: str) -> None:
+    """Imports modules of this package that bring thousands of others, and does nothing where they are loaded.
 
-    return simulation.trace_step(*arguments)
-
-
-@contextmanager
-def collector_at_rest() -> Iterator[None]:
-    """For imports: thousands of modules, which stay, and through which the collector would look again and again."""
+    What is imported stays: the garbage collector, which would look through it again and again, rests. A module that
+    cannot be imported is left to whoever imports it next, and can tell why.
+    """
+    if all(module in sys.modules for module in modules):
+        return
     was_enabled = gc.isenabled()
     gc.disable()
     try:
-        yield
+        with suppress(Exception):
+            for module in modules:
+                import_module(module)
     finally:
         gc.freeze()
         if was_enabled:
             gc.enable()
+
+
+def trace_step(*arguments: Any) -> Any:
+    """`laras.models.simulation.trace_step`, loaded now."""
+    load("laras.models.simulation", "laras.models.build")
+    from laras.models import simulation
+
+    return simulation.trace_step(*arguments)
