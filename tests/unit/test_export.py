@@ -77,6 +77,7 @@ def test_merged_weights_keep_the_dtype_of_the_base_and_load_in_a_pipeline(tmp_pa
     loaded = AutoModelForCausalLM.from_pretrained(done.path)
     assert loaded.dtype == dtype
     assert not list(done.path.glob("adapter*"))
+    assert len({path.stat().st_mode for path in done.path.iterdir()}) == 1  # who may read one file may read the model
     expected, ids = reference(run, base)
     assert (logits(loaded, ids) - expected).abs().max() <= done.tolerance
     changed_by_tuning = (logits(AutoModelForCausalLM.from_pretrained(base), ids) - expected).abs().max()

@@ -112,7 +112,10 @@ def export_run(
     aside.mkdir(parents=True)
     try:
         check = _write(run, format, aside, quantization, observer)
-        (aside / "README.md").write_text(model_card(run, format, base_id(run), quantization), encoding="utf-8")
+        card = aside / "README.md"
+        card.write_text(model_card(run, format, base_id(run), quantization), encoding="utf-8")
+        for path in aside.iterdir():  # safetensors lets nobody else read what it writes
+            path.chmod(card.stat().st_mode)
         aside.rename(target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -67,7 +67,7 @@ def run_sweep(
             "the validation set is empty, and a sweep compares its trials there",
             hint="set split.validation, say to 0.1",
         )
-    choices = pipeline.plan(config, observer).choices
+    choices = _plan_choices(config, observer)
     space = asked or default_space(config, choices)
     sweep_dir = _sweep_dir(config, space)
     _make_folder(sweep_dir)
@@ -99,10 +99,16 @@ def continue_sweep(
     deadline_s = time.monotonic() + time_limit_s if time_limit_s is not None else None
     pipeline.import_backend(config, observer)
     manifest = pipeline.inspect(config, observer).manifest
-    choices = pipeline.plan(config, observer).choices
+    choices = _plan_choices(config, observer)
     with hold(RunDir(sweep_dir)):
         _check_same(sweep_dir, config, record.space, manifest)
         return _Sweep(sweep_dir, config, choices, wanted, observer).run(deadline_s)
+
+
+def _plan_choices(config: RunConfig, observer: Observer) -> PlanChoices:
+    """What is planned for the configuration as it is; the inspection has said everything about the data."""
+    observer.stage_started("planning")
+    return pipeline.plan(config, Observer()).choices
 
 
 @dataclass
