@@ -7,7 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from laras.data.masks import IGNORE_INDEX
-from laras.models.step import model_inputs, shifted_labels, summed_loss, target_losses
+from laras.models.step import EVALUATION_CHUNK, model_inputs, shifted_labels, summed_loss, target_losses
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,19 @@ def test_the_gradient_of_the_sum_is_the_sum_of_the_gradients(model):
         return torch.cat([p.grad.flatten() for p in model.parameters()])
 
     torch.testing.assert_close(gradient([padded(ROWS, 16)]), gradient(ROWS), rtol=1e-4, atol=1e-5)
+
+
+def test_scoring_holds_logits_of_a_thousand_tokens_at_most(model):
+    batch = padded([row(48, 0, seed) for seed in range(50)], 48)  # 2,350 targets
+    seen = []
+    hook = model.lm_head.register_forward_hook(lambda module, given, logits: seen.append(len(logits)))
+    try:
+        with torch.inference_mode():
+            losses = target_losses(model, batch)
+    finally:
+        hook.remove()
+    assert sum(seen) == len(losses.nll_N) == 50 * 47
+    assert max(seen) <= EVALUATION_CHUNK
 
 
 def test_labels_move_one_to_the_left():
