@@ -23,7 +23,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import combinations
 from math import exp, log
 from pathlib import Path
@@ -139,17 +139,17 @@ def _row(key: str, measured_s: float, subject: tuple[dict[str, Any], Any, int | 
     return {"key": key, "measured_s": measured_s, **known, **rest, "subject": subject}
 
 
-def _of_memory() -> Iterator[dict[str, Any]]:
-    facts = memory._rows(memory.RESULTS / "memory_measured.jsonl")
+def _of_memory(file: str, name: str, *, with_fused_4bit: bool) -> Iterator[dict[str, Any]]:
+    facts = memory._rows(memory.RESULTS / file)
     for case in memory.cases():
         fact = facts.get(case.key, {})
-        if "micro_s" not in fact or (fact["fused"] and "nf4" in case.key):
+        if "micro_s" not in fact or (fact["fused"] and "nf4" in case.key and not with_fused_4bit):
             continue
         choices = memory.choices_of(case)
         subject = (memory.MODELS[case.model], choices, memory.documents_of(choices))
         span = choices.max_length / (2 if choices.packing else 1)
         accumulation = min(2, choices.gradient_accumulation_steps)
-        yield _row(f"memory|{case.key}", fact["micro_s"], subject, span_tokens=span, accumulation=accumulation)
+        yield _row(f"{name}|{case.key}", fact["micro_s"], subject, span_tokens=span, accumulation=accumulation)
 
 
 def _of_grid() -> Iterator[dict[str, Any]]:
@@ -209,7 +209,9 @@ def record(out: Path) -> None:
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     with out.open("a") as file:
-        for row in (*_of_memory(), *_of_grid(), *_of_throughput()):
+        first = _of_memory("memory_measured.jsonl", "memory", with_fused_4bit=False)
+        again = _of_memory("memory_today_measured.jsonl", "memory again", with_fused_4bit=True)
+        for row in (*first, *again, *_of_grid(), *_of_throughput()):
             if (row["key"].rpartition("|")[2], round(row["measured_s"], 9)) not in there:
                 subject = row.pop("subject")
                 print(json.dumps({**row, "commit": commit, "work": _simulated(*subject)}), file=file, flush=True)
@@ -381,7 +383,6 @@ def report(rows: list[Row], out: Path) -> None:
     ]
     out.write_text("\n".join(lines) + "\n")
     print("\n".join(lines[: lines.index("## Cases")]))
-    print(asdict(everything))
 
 
 def main() -> None:
