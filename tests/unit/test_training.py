@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+import laras.training.run as run_module
 from laras.progress import StepReport
 from laras.records import RunResult
 from laras.training.checkpoints import verify_checkpoint
@@ -118,3 +119,16 @@ def test_a_step_walks_through_no_modules(tmp_path: Path, monkeypatch: pytest.Mon
     train(tmp_path, Scenario(2, 2, choices={"eval_steps": 100, "save_steps": 100}), observer=walks)
     assert len(walks.by_step) == 12 and walks.by_step[0] > 0
     assert len(set(walks.by_step)) == 1
+
+
+def test_one_process_trains_on_one_gpu_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = run_module.sft_config
+
+    def with_several(*given: Any) -> Any:
+        arguments = original(*given)
+        arguments._n_gpu = 4
+        return arguments
+
+    monkeypatch.setattr(run_module, "sft_config", with_several)
+    result, _ = train(tmp_path, Scenario(8, 1, config={"max_steps": 1}))
+    assert result.status == "finished"

@@ -155,6 +155,7 @@ class _Run:
         """The trainer of this run."""
         choices = self._plan.choices
         args = sft_config(self._config, self._plan, self._run_dir)
+        args._n_gpu = min(1, args.n_gpu)  # a process has one GPU; upstream would refuse to see several
         if path_of(model).checkpoints_itself:
             args.gradient_checkpointing = False
         batches = TrainBatches(
