@@ -30,7 +30,7 @@ from laras.records import (
 from laras.reporting import formatting
 from laras.reporting.charts import optimization_chart
 from laras.reporting.data_charts import lengths_chart
-from laras.reporting.drawing import drawing_style, finish, new_figure
+from laras.reporting.drawing import drawing_style, finish, log_scale, new_figure
 from laras.reporting.report import verdict, write_report
 from laras.reporting.run_data import load_run_data
 
@@ -318,6 +318,20 @@ def test_a_curve_of_one_small_value_has_distinct_ticks_and_whole_titles(tmp_path
     assert [texts.count(step) for step in ("9", "10", "11")] == [1, 1, 1]
     assert not [text for text in texts if text.startswith("1e")]  # a factor would push the title out of the picture
     assert "5.8e-05" in texts
+
+
+@pytest.mark.parametrize(
+    ("ends", "named"), [((0.012, 0.09), ["0.02", "0.05"]), ((1e-5, 1e-1), ["0.0001", "0.001", "0.01"])]
+)
+def test_a_logarithmic_scale_names_more_than_one_value(ends, named):
+    with drawing_style():
+        figure, (axis,) = new_figure()
+        axis.plot(ends, ends)
+        log_scale(axis, "x")
+        svg = finish(figure, "x", "x", "x").svg
+    texts = [element.text for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
+    assert set(named) <= set(texts)
+    assert len(texts) < 20
 
 
 def test_many_events_of_any_kind_are_listed_and_marked(tmp_path):

@@ -25,6 +25,7 @@ from laras.reporting.drawing import (
     SURFACE,
     Drawing,
     finish,
+    log_scale,
     new_figure,
     step_axis,
 )
@@ -339,9 +340,7 @@ def _log_if_wide(axis: Axes) -> None:
     values = np.concatenate([np.asarray(line.get_ydata(), float) for line in axis.get_lines()] or [np.zeros(0)])
     positive = values[values > 0]
     if positive.size and positive.size == values.size and positive.max() / positive.min() > _LOG_RATIO:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        log_scale(axis, "y")
 
 
 def _bars(axis: Axes, items: Sequence[tuple[int, str]], color: str) -> None:

@@ -13,13 +13,13 @@ import xml.etree.ElementTree as ET
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 # Colour of the light theme → variable of the style sheet.
 INK, MUTED, GRID, SURFACE = "#1b1f27", "#5c6470", "#dfe3e9", "#fefefd"
@@ -66,6 +66,7 @@ _STYLE: dict[Any, Any] = {
 }
 # Room for a title, between parts, and for a line of the legend.
 _TITLE_INCHES, _GAP_INCHES, _LEGEND_LINE_INCHES = 0.26, 0.1, 0.24
+_WIDE_RATIO = 200  # ends of a logarithmic scale between which powers of ten alone are named
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
 _FONT = re.compile(r"font-family:[^;]*;?|font-variant:[^;]*;?|font-stretch:[^;]*;?")
@@ -171,6 +172,16 @@ def step_axis(axes: Axes, label: str = "optimizer step") -> None:
         axes.set_xlim(step - 1, step + 1)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+
+
+def log_scale(axes: Axes, direction: Literal["x", "y"]) -> None:
+    """A logarithmic scale that names powers of ten, and in a narrow one 2 and 5 times them, as plain numbers."""
+    (axes.set_xscale if direction == "x" else axes.set_yscale)("log")
+    axis = axes.xaxis if direction == "x" else axes.yaxis
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < _WIDE_RATIO * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _rename_ids(root: ET.Element, name: str) -> None:

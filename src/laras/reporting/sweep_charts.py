@@ -17,6 +17,7 @@ from laras.reporting.drawing import (
     SURFACE,
     Drawing,
     finish,
+    log_scale,
     new_figure,
     step_axis,
 )
@@ -166,9 +167,9 @@ def _parameter(axis: Axes, parameter: SweepParameter, scored: Sequence[SweepTria
         axis.grid(axis="x", visible=False)
         return
     if parameter.log:
-        axis.set_xscale("log")
-        axis.xaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
-    elif parameter.kind == "int":
+        log_scale(axis, "x")
+        return
+    if parameter.kind == "int":
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
@@ -184,6 +185,4 @@ def _text(value: Setting) -> str:
 def _scale(axis: Axes, scored: Sequence[SweepTrial]) -> None:
     losses = [trial.eval_loss for trial in scored if trial.eval_loss is not None and trial.eval_loss > 0]
     if losses and max(losses) / min(losses) > _LOG_RATIO:
-        axis.set_yscale("log")
-        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
+        log_scale(axis, "y")
