@@ -385,12 +385,16 @@ def _random_base(_source: str, **keys: Any) -> Any:
 
     from laras.models.precision import torch_dtype
 
-    dtype = torch_dtype(keys["precision"])
+    dtype, quantises = torch_dtype(keys["precision"]), keys["load_in_4bit"] or keys["load_in_8bit"]
     config = AutoConfig.from_pretrained(_source)
-    with torch.device(keys["device"]):
+    with torch.device(keys["device"]), _linear_layers_on_meta() if quantises else contextlib.nullcontext():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=keys["attention"])
-    if keys["load_in_4bit"] or keys["load_in_8bit"]:
+    if quantises:
         head = model.get_output_embeddings()
+        if head.weight.is_meta:
+            head.to_empty(device=keys["device"])
+            for parameter in head.parameters():
+                parameter.data.normal_(0.0, 0.02)
         for parent in list(model.modules()):
             for name, child in list(parent.named_children()):
                 if type(child) is nn.Linear and child is not head:
@@ -400,12 +404,31 @@ def _random_base(_source: str, **keys: Any) -> Any:
     return model
 
 
+@contextlib.contextmanager
+def _linear_layers_on_meta() -> Iterator[None]:
+    """Made without weights, so that they come one by one as loading quantised does, and never whole."""
+    from torch import nn
+
+    original = nn.Linear.__init__
+
+    def made(self: Any, inputs: int, outputs: int, bias: bool = True, device: Any = None, dtype: Any = None) -> None:
+        original(self, inputs, outputs, bias, "meta", dtype)
+
+    nn.Linear.__init__ = made  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Linear.__init__ = original  # type: ignore[method-assign]
+
+
 def _quantised(linear: Any, dtype: Any, device: str, *, four_bit: bool) -> Any:
+    import torch
     from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 
-    shape, data = (linear.in_features, linear.out_features), linear.weight.data
+    shape = (linear.in_features, linear.out_features)
+    data = torch.empty(shape[::-1], dtype=dtype, device=device).normal_(0.0, 0.02)
     data = data if four_bit else data.cpu()  # int8 is made on the way to the device only
-    linear.weight = None
+    bias = None if linear.bias is None else torch.nn.Parameter(torch.zeros(shape[1], dtype=dtype, device=device))
     if four_bit:
         layer = Linear4bit(*shape, bias=False, compute_dtype=dtype, quant_type="nf4", device="meta")
         weight = Params4bit(data, requires_grad=False, quant_type="nf4", compress_statistics=True)
@@ -413,7 +436,7 @@ def _quantised(linear: Any, dtype: Any, device: str, *, four_bit: bool) -> Any:
         layer = Linear8bitLt(*shape, bias=False, has_fp16_weights=False, threshold=6.0, device="meta")
         weight = Int8Params(data, requires_grad=False, has_fp16_weights=False)
     layer.weight = weight.to(device)
-    layer.bias = linear.bias
+    layer.bias = bias
     return layer
 
 

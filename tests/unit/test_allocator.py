@@ -79,6 +79,7 @@ def test_states_that_come_after_the_first_step_keep_its_segments():
     assert sum(event > 0 for event in real.events) == 2 + 2 * 3 + 1
     assert real.events[-2:] == (8 * MIB, -9)
     assert real.peaks()["batch"] == before.peaks()["batch"]
+    assert [before.live_after(kind) for kind in ("weights", "states", "loss")] == [weights, weights + state, 0]
     released = {one: replay(one.events, released_at=one.starts[-1]) for one in (real,)}[real]
     assert released.peak_reserved_bytes > replay(before.events).peak_reserved_bytes
     live = [event for event in real.events if event > 0]

@@ -294,3 +294,14 @@ def recorded_on_cpu(model):
         recorder.begin("end")
         del loss, batch, ids
     return recorder.trace({}).unroll(8).peaks()
+
+
+def test_a_layer_is_whole_while_it_is_quantised_and_not_after(simulate):
+    layers = SIZES["num_hidden_layers"]
+    whole = simulate(shape("llama"), load_in_4bit=True).unroll(layers)
+    loading = whole.until("states")
+    taken = [event for event in loading if event > 0]
+    passing = [taken[-event - 1] for event in loading if event < 0]
+    assert len(passing) == 2 * 7 * layers  # weights and scales of seven layers each
+    assert passing.count(2 * SIZES["hidden_size"] * SIZES["intermediate_size"]) == 3 * layers
+    assert whole.live_after("weights") < simulate(shape("llama")).unroll(layers).live_after("weights")

@@ -96,6 +96,21 @@ def _int8(linear: nn.Linear) -> nn.Module:
     return layer  # type: ignore[no-any-return]
 
 
+def quantizing_bytes(module: nn.Module) -> tuple[int, ...]:
+    """What quantising a layer on the device takes besides what it leaves: its weights whole, and their scales in fp32.
+
+    Source: bitsandbytes 0.50 `nn/modules.py` (`_quantize`), `functional.py` (`quantize_4bit`).
+    """
+    weight: Any = getattr(module, "weight", None)
+    state = getattr(weight, "quant_state", None)
+    if state is not None:
+        count = state.shape.numel()
+        return count * state.dtype.itemsize, 4 * -(-count // _BLOCK)
+    if getattr(getattr(module, "state", None), "SCB", None) is not None:
+        return (2 * weight.numel(),)
+    return ()
+
+
 def quantized_storages(module: nn.Module) -> list[torch.Tensor]:
     """What a quantised layer holds on the device besides its parameters: scales, codes, offsets."""
     weight: Any = getattr(module, "weight", None)

@@ -26,7 +26,7 @@ from laras.config import RunConfig
 from laras.errors import LarasError
 from laras.models.builtin import resolve_tokenizer
 from laras.models.emulation import autocast_like_cuda, counted_kernels, kernels_of, record_optimizer, record_states
-from laras.models.quantized_meta import quantized_storages
+from laras.models.quantized_meta import quantized_storages, quantizing_bytes
 from laras.models.recording import Recorder, register_varlen
 from laras.planning.trace import TRACED_LAYERS, StepTrace
 from laras.planning.workload import LargestBatch
@@ -238,6 +238,8 @@ def _record_static(recorder: Recorder, model: nn.Module, owner: Mapping[int, int
     loaded: dict[int, list[int]] = {}
     for module in model.modules():
         layer = owner.get(id(module), -1)
+        recorder.begin("weights", 0, layer)
+        passing = [recorder.request(size) for size in quantizing_bytes(module)]
         for parameter in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             recorder.begin("weights", 0, layer)
             if id(parameter.untyped_storage()) in moved:
@@ -248,6 +250,8 @@ def _record_static(recorder: Recorder, model: nn.Module, owner: Mapping[int, int
         for tensor in quantized_storages(module):
             recorder.begin("weights", 0, layer)
             recorder.track(tensor)
+        for taken in passing:
+            recorder.give_back(taken)
     shared = [group.storage.untyped_storage()._cdata for _, group in groups]
     for number, group in groups:
         is_shared = shared.count(group.storage.untyped_storage()._cdata) > 1

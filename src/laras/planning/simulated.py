@@ -68,7 +68,7 @@ def simulated_step(
     workspace = workspace_bytes(hardware)
     train = {kind: peaks.get(kind, 0) for kind in _TRAINING}
     moment = max(train, key=lambda kind: train[kind])
-    weights, states = peaks.get("weights", 0), peaks.get("states", 0)
+    weights, states = whole.live_after("weights"), whole.live_after("states")
     capacity = max(1, budget_bytes - workspace)
     released_at, evaluation_at = training.starts[0], len(training.until("evaluation"))
     result = replay(training.events, capacity, released_at=released_at, first=evaluation_at)

@@ -61,6 +61,15 @@ class Unrolled:
         end = next((start for start, name in reversed(self.marks) if name == kind), len(self.events))
         return self.events[:end]
 
+    def live_after(self, kind: str) -> int:
+        """Bytes that live when the first stretch of a kind ends; 0 where there is none."""
+        number = next((number for number, (_, name) in enumerate(self.marks) if name == kind), None)
+        if number is None:
+            return 0
+        end = self.marks[number + 1][0] if number + 1 < len(self.marks) else len(self.events)
+        sizes = [block_bytes(event) for event in self.events[:end] if event > 0]
+        return sum(sizes) - sum(sizes[-event - 1] for event in self.events[:end] if event < 0)
+
     def in_training(self, steps: int = 2, *, rehearsed: bool = False) -> Unrolled:
         """The same in the order of a real run: optimizer states appear at the end of the first step.
 
