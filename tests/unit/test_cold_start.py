@@ -5,6 +5,8 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from laras.models import cold_start
 
 PLAN = """
@@ -35,14 +37,17 @@ def test_a_cold_plan_loads_no_compiler_and_a_warm_one_not_even_torch(tmp_path, m
     assert plans[0]["fits"]
 
 
-def test_the_collector_works_again_after_an_import(monkeypatch, tmp_path):
+@pytest.mark.parametrize("is_own", [True, False])
+def test_the_collector_works_again_after_an_import(is_own, monkeypatch, tmp_path):
     (tmp_path / "imported_once.py").write_text("import gc\nwas_enabled = gc.isenabled()\n")
     (tmp_path / "cannot_be_imported.py").write_text("1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(cold_start._process, "is_own", is_own)
     try:
         cold_start.load("imported_once")
         assert gc.isenabled()
         assert not sys.modules["imported_once"].was_enabled
+        assert (gc.get_freeze_count() > 0) is is_own  # a guest forgets nothing of its host's
         cold_start.load("cannot_be_imported")  # told by whoever imports it next
         assert gc.isenabled()
         assert "cannot_be_imported" not in sys.modules

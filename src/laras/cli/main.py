@@ -23,6 +23,7 @@ from laras.cli.sweep import sweep_command
 from laras.cli.test import test_command
 from laras.cli.train import resume_command, train_command
 from laras.errors import LarasError
+from laras.models.cold_start import own_process
 
 app = typer.Typer(
     help="Fine-tune a language model on one GPU: a file of examples in, a tuned model with an honest score out.",
@@ -46,6 +47,7 @@ app.command("runs")(runs_command)
 def main() -> None:
     """Runs the command line; a `LarasError` ends it with its message, its hint and its documented exit code."""
     _quieten_libraries()
+    own_process()
     try:
         app()
     except LarasError as error:
