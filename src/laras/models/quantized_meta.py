@@ -101,12 +101,12 @@ def quantizing_bytes(module: nn.Module) -> tuple[int, ...]:
 
     Source: bitsandbytes 0.50 `nn/modules.py` (`_quantize`), `functional.py` (`quantize_4bit`).
     """
-    weight: Any = getattr(module, "weight", None)
+    weight: Any = module._parameters.get("weight")  # an adapter's layer shows that of the layer inside as well
     state = getattr(weight, "quant_state", None)
     if state is not None:
         count = state.shape.numel()
         return count * state.dtype.itemsize, 4 * -(-count // _BLOCK)
-    if getattr(getattr(module, "state", None), "SCB", None) is not None:
+    if weight is not None and getattr(getattr(module, "state", None), "SCB", None) is not None:
         return (2 * weight.numel(),)
     return ()
 
