@@ -76,9 +76,15 @@ def prompts_of(words, *texts):
     return [prompt_ids(words, [{"role": "user", "content": text}]) for text in texts]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3"])
-def test_answers_in_batches_are_those_of_one_by_one(tmp_path, words, family):
-    model = AutoModelForCausalLM.from_pretrained(tiny_models.base_model(family, tmp_path)).eval()
+@pytest.mark.parametrize(
+    ("family", "changed"),
+    [
+        ("llama", {}), ("gemma2", {}), ("qwen3", {}),
+        ("recurrent_gemma", {"lru_width": 64, "num_hidden_layers": 3}),  # padding is in its state
+    ],
+)  # fmt: skip
+def test_answers_in_batches_are_those_of_one_by_one(tmp_path, words, family, changed):
+    model = AutoModelForCausalLM.from_pretrained(tiny_models.base_model(family, tmp_path, **changed)).eval()
     model.generation_config.repetition_penalty = 1.3  # it looks at padding, too
     prompts = prompts_of(words, "sea", "what is salt and what does it do", "a tree " * 9, "sun", "number 7")
     together = answer_prompts(model, words, prompts, GREEDY)

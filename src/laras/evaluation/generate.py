@@ -19,7 +19,7 @@ from laras.errors import ConfigError, OutOfMemoryError
 from laras.models.device_memory import DeviceOutOfMemory, free_caches, with_fewer_rows
 
 Message = Mapping[str, str]
-_PADDED_SHARE = 2  # a batch has at most so many times the tokens of its prompts
+_PADDED_SHARE = 2  # a batch has at most so many times the tokens of its prompts; 1: no padding at all
 _CONTENT_MARK = "laras-content-mark"
 
 
@@ -160,10 +160,12 @@ def answer_prompts(
     stops = stop_token_ids(model, tokenizer)
     pending = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     answers: dict[int, Answer] = {}
+    # The state of a recurrent model runs through padding, which not every family of transformers masks there.
+    share = 1 if getattr(model, "_is_stateful", False) else _PADDED_SHARE
 
     def work(rows: int) -> None:
         while pending:
-            batch = _of_like_length([(index, len(prompts[index])) for index in pending[:rows]])
+            batch = _of_like_length([(index, len(prompts[index])) for index in pending[:rows]], share)
             limit = _limit(model, len(prompts[batch[0]]), settings)
             until = _Until(stops, on_ended=lambda ended: on_ended(len(answers) + ended))
             produced = _generate(model, tokenizer, [prompts[index] for index in batch], settings, limit, until)
@@ -248,13 +250,13 @@ def _up_to_end(ids: list[int], stops: Sequence[int]) -> list[int]:
     return ids[:end]
 
 
-def _of_like_length(longest_first: Sequence[tuple[int, int]]) -> list[int]:
-    """As many prompts, given by index and length, as keep padding within bounds; the first at least."""
+def _of_like_length(longest_first: Sequence[tuple[int, int]], share: int) -> list[int]:
+    """As many prompts, given by index and length, as make a batch of at most `share` times their tokens."""
     batch: list[int] = []
     tokens, longest = 0, longest_first[0][1]
     for index, length in longest_first:
         tokens += length
-        if (len(batch) + 1) * longest > _PADDED_SHARE * tokens:
+        if (len(batch) + 1) * longest > share * tokens:
             break
         batch.append(index)
     return batch
