@@ -41,6 +41,8 @@ GROUPS = {
     # Inputs of layers in main memory beside the same with them on the card; then what each change since v4 does to the
     # case that it was made for, and what is not on by default.
     "variants": [
+        ("laras", "qlora_full_8k@direct_launch=1"), ("laras", "qlora_full_8k"),
+        ("laras", "qlora_full_16k@direct_launch=1"),
         ("laras", "qlora_full_16k@kind=offload"), ("laras", "qlora_full_16k"),
         ("laras", "7b_qlora_full_8k@kind=offload"), ("laras", "7b_qlora_full_8k"),
         ("laras", "qlora_full_8k@kind=offload"), ("laras", "qlora_full_8k"),

@@ -56,7 +56,7 @@ CASES = {
     "unoptimised": {"rows": 4, "fused": False, "padded": True, "accumulation": 8, "warm": 1, "timed": 3},
 }  # fmt: skip
 
-# A case, what it is compared with in the same run, the least ratio of tokens/s, the most memory as a share of the other's.
+# A case, another of the same run, the least ratio of tokens/s to it, and the most memory as a share of its.
 AGAINST = (
     ("lora_16k", "unsloth_pack@16k", 1.3, 1.0), ("lora_full_16k", "unsloth_pack_gc@16k", 1.3, 1.1),
     ("qlora_full_16k", "unsloth_qlora_pack_gc@16k", 1.25, 1.1),
@@ -304,7 +304,7 @@ def predict(name):
 
 
 def report(folder):
-    """The table of DIR/throughput.jsonl: each case beside what was measured in the same run (`run` of a line) on one GPU."""
+    """The table of DIR/throughput.jsonl: each case beside others of the same `run`, which is one call on one GPU."""
     found = [json.loads(line) for line in (folder / "throughput.jsonl").read_text().splitlines()]
     rows = {(row.get("run"), row["name"]): row for row in found if "error" not in row and row["name"] != "tests/gpu"}
     lines = ["| case | useful tokens/s | MFU | peak GiB | against, same run | its tokens/s | its GiB | tokens/s ratio |"
@@ -326,7 +326,8 @@ def report(folder):
             alone.append(own + "| | | | | | | |")
     cards = {row["gpu"] for row in found if "gpu" in row}
     versions = [row["versions"] for row in found if "versions" in row]
-    lines += alone + [
+    lines += [
+        *alone,
         "",
         f"On {', '.join(sorted(cards))}. Versions: {json.dumps(versions[0]) if versions else 'of Laras only'}.",
     ]

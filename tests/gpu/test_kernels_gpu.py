@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kernel_cases import CASES, TOLERANCES, assert_close
-from laras.models.fused import kernels
+from laras.models.fused import kernels, variant
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -27,6 +29,18 @@ def test_a_kernel_gives_what_its_reference_gives(dtype, name):
     call(kernels, *found)
     assert_close(name, dtype, references, found)
     assert any(one is not None and not torch.equal(one, old) for one, old in zip(references, before, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_kernel_launched_directly_gives_the_same_bits(monkeypatch, name):
+    tensors, call = CASES[name](torch.bfloat16)
+    runs = [[None if one is None else on_gpu(one) for one in tensors] for _ in range(3)]
+    call(kernels, *runs[0])
+    monkeypatch.setattr(variant, "CHOSEN", replace(variant.CHOSEN, direct_launch=True))
+    call(kernels, *runs[1])  # by Triton, and remembered
+    call(kernels, *runs[2])
+    for by_triton, direct in zip(runs[0], runs[2], strict=True):
+        assert by_triton is None or torch.equal(by_triton, direct)
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCES), ids=["fp32", "bf16"])

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from laras.models.fused.launching import launch
+
 # Of gelu's tanh form; see `laras.models.fused.kernels`.
 _GELU: tl.constexpr = tl.constexpr(1.5957691216057308)
 _CUBIC: tl.constexpr = tl.constexpr(0.044715)
@@ -168,9 +170,10 @@ def _cross_entropy(logits_ptr, target_ptr, nll_ptr, stride, V, BLOCK: tl.constex
 def rms_norm_(x_TD: Tensor, weight_D: Tensor, eps: float, out_TD: Tensor) -> None:
     """As in `laras.models.fused.kernels`."""
     tokens, width = x_TD.shape
-    _norm[(tokens,)](
-        x_TD, weight_D, out_TD, x_TD.stride(0), out_TD.stride(0), eps, width, triton.next_power_of_2(width), num_warps=4
-    )
+    launch(
+        _norm, (tokens,), (x_TD, weight_D, out_TD), (x_TD.stride(0), out_TD.stride(0), eps),
+        (width, triton.next_power_of_2(width)), num_warps=4,
+    )  # fmt: skip
 
 
 def rms_norm_backward_(
@@ -179,65 +182,70 @@ def rms_norm_backward_(
     """As in `laras.models.fused.kernels`."""
     tokens, width = x_TD.shape
     out = total_TD if out_TD is None else out_TD
-    _norm_backward[(tokens,)](
-        x_TD, weight_D, gradient_TD, total_TD, out, x_TD.stride(0), gradient_TD.stride(0), total_TD.stride(0),
-        out.stride(0), eps, width, triton.next_power_of_2(width), out_TD is not None, num_warps=4,
+    launch(
+        _norm_backward, (tokens,), (x_TD, weight_D, gradient_TD, total_TD, out),
+        (x_TD.stride(0), gradient_TD.stride(0), total_TD.stride(0), out.stride(0), eps),
+        (width, triton.next_power_of_2(width), out_TD is not None), num_warps=4,
     )  # fmt: skip
 
 
 def rope_(heads_THC: Tensor, cos_TC: Tensor, sin_TC: Tensor, out_THC: Tensor, sign: float) -> None:
     """As in `laras.models.fused.kernels`."""
     tokens, heads, channels = heads_THC.shape
-    _rope[(tokens,)](
-        heads_THC, cos_TC, sin_TC, out_THC, heads_THC.stride(0), heads_THC.stride(1), out_THC.stride(0),
-        out_THC.stride(1), cos_TC.stride(0), sign, heads, channels // 2, triton.next_power_of_2(heads),
-        triton.next_power_of_2(channels // 2), num_warps=4,
+    launch(
+        _rope, (tokens,), (heads_THC, cos_TC, sin_TC, out_THC),
+        (heads_THC.stride(0), heads_THC.stride(1), out_THC.stride(0), out_THC.stride(1), cos_TC.stride(0), sign, heads),
+        (channels // 2, triton.next_power_of_2(heads), triton.next_power_of_2(channels // 2)), num_warps=4,
     )  # fmt: skip
 
 
 def head_norm_(heads_THC: Tensor, weight_C: Tensor, eps: float, out_THC: Tensor) -> None:
     """As in `laras.models.fused.kernels`."""
     tokens, heads, channels = heads_THC.shape
-    _head_norm[(tokens,)](
-        heads_THC, weight_C, out_THC, heads_THC.stride(0), heads_THC.stride(1), out_THC.stride(0), out_THC.stride(1),
-        eps, heads, channels, triton.next_power_of_2(heads), triton.next_power_of_2(channels), num_warps=4,
+    launch(
+        _head_norm, (tokens,), (heads_THC, weight_C, out_THC),
+        (heads_THC.stride(0), heads_THC.stride(1), out_THC.stride(0), out_THC.stride(1), eps, heads),
+        (channels, triton.next_power_of_2(heads), triton.next_power_of_2(channels)), num_warps=4,
     )  # fmt: skip
 
 
 def head_norm_backward_(heads_THC: Tensor, weight_C: Tensor, eps: float, gradient_THC: Tensor, out_THC: Tensor) -> None:
     """As in `laras.models.fused.kernels`."""
     tokens, heads, channels = heads_THC.shape
-    _head_norm_backward[(tokens,)](
-        heads_THC, weight_C, gradient_THC, out_THC, heads_THC.stride(0), heads_THC.stride(1), gradient_THC.stride(0),
-        gradient_THC.stride(1), out_THC.stride(0), out_THC.stride(1), eps, heads, channels,
-        triton.next_power_of_2(heads), triton.next_power_of_2(channels), num_warps=4,
+    launch(
+        _head_norm_backward, (tokens,), (heads_THC, weight_C, gradient_THC, out_THC),
+        (
+            heads_THC.stride(0), heads_THC.stride(1), gradient_THC.stride(0), gradient_THC.stride(1), out_THC.stride(0),
+            out_THC.stride(1), eps, heads,
+        ),
+        (channels, triton.next_power_of_2(heads), triton.next_power_of_2(channels)), num_warps=4,
     )  # fmt: skip
 
 
 def swiglu_(gate_TF: Tensor, up_TF: Tensor, out_TF: Tensor, activation: str) -> None:
     """As in `laras.models.fused.kernels`."""
     tokens, width = gate_TF.shape
-    grid = (tokens, triton.cdiv(width, 2048))
-    _swiglu[grid](
-        gate_TF, up_TF, out_TF, gate_TF.stride(0), out_TF.stride(0), width, activation == "gelu_tanh", 2048, num_warps=4
-    )
+    launch(
+        _swiglu, (tokens, triton.cdiv(width, 2048)), (gate_TF, up_TF, out_TF),
+        (gate_TF.stride(0), out_TF.stride(0), width), (activation == "gelu_tanh", 2048), num_warps=4,
+    )  # fmt: skip
 
 
 def swiglu_backward_(gate_TF: Tensor, up_TF: Tensor, gradient_TF: Tensor, activation: str) -> None:
     """As in `laras.models.fused.kernels`."""
     tokens, width = gate_TF.shape
-    grid = (tokens, triton.cdiv(width, 2048))
-    _swiglu_backward[grid](
-        gate_TF, up_TF, gradient_TF, gate_TF.stride(0), gradient_TF.stride(0), width, activation == "gelu_tanh", 2048,
-        num_warps=4,
+    launch(
+        _swiglu_backward, (tokens, triton.cdiv(width, 2048)), (gate_TF, up_TF, gradient_TF),
+        (gate_TF.stride(0), gradient_TF.stride(0), width), (activation == "gelu_tanh", 2048), num_warps=4,
     )  # fmt: skip
 
 
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, nll_T: Tensor) -> None:
     """As in `laras.models.fused.kernels`."""
-    _cross_entropy[(logits_TV.shape[0],)](
-        logits_TV, targets_T, nll_T, logits_TV.stride(0), logits_TV.shape[1], 4096, num_warps=8
-    )
+    launch(
+        _cross_entropy, (logits_TV.shape[0],), (logits_TV, targets_T, nll_T), (logits_TV.stride(0), logits_TV.shape[1]),
+        (4096,), num_warps=8,
+    )  # fmt: skip
 
 
 def triton_works(device: torch.device) -> bool:

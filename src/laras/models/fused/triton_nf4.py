@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from laras.models.fused.launching import launch
+
 _MOST_SOURCES = 3
 _BLOCK = 2048
 
@@ -106,9 +108,10 @@ def unpack_(
         sources += [packed[which], state.absmax, state.state2.absmax, state.offset]
     ends = [*row_starts[1:], outputs, outputs]
     first = states[0]
-    grid = (outputs + ranks, triton.cdiv(inputs, _BLOCK))
-    _unpack[grid](
-        *sources, first.state2.code, first.code, factors, storage, factors.stride(0), storage.stride(0), inputs,
-        outputs, ranks, ends[0], ends[1], first.blocksize, first.state2.blocksize, _BLOCK,
-        triton.next_power_of_2(ranks), num_warps=4, enable_fp_fusion=False,
+    launch(
+        _unpack, (outputs + ranks, triton.cdiv(inputs, _BLOCK)),
+        (*sources, first.state2.code, first.code, factors, storage),
+        (factors.stride(0), storage.stride(0), inputs, outputs, ranks, ends[0], ends[1]),
+        (first.blocksize, first.state2.blocksize, _BLOCK, triton.next_power_of_2(ranks)),
+        num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip

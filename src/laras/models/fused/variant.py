@@ -26,6 +26,7 @@ class Variant:
         grouped_sums: The gradients of a group's adapters are summed as two tensors and scaled once, at the end.
         unpack_kernel: One launch unpacks the 4-bit weights of a group into place, where it gives the bits of
             bitsandbytes on those very weights; else bitsandbytes does.
+        direct_launch: Kernels are launched without Triton's own dispatch. Off: it has not been timed yet.
     """
 
     whole_heads: bool = True
@@ -36,6 +37,7 @@ class Variant:
     product_in_up: bool = True
     grouped_sums: bool = True
     unpack_kernel: bool = True
+    direct_launch: bool = False
 
 
 CHOSEN = Variant()

@@ -1,0 +1,74 @@
+"""A kernel launched directly gets what Triton would give it: the same blocks, numbers and addresses.
+
+Needs triton, which torch for the CPU does not bring, and no GPU: what would be launched is only written down.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kernel_cases import CASES
+from laras.models.fused import variant
+
+pytestmark = pytest.mark.skipif(
+    os.environ.get("TRITON_INTERPRET") == "1" or importlib.util.find_spec("triton") is None,
+    reason="needs triton, and no TRITON_INTERPRET",
+)
+
+
+class Written:
+    """Stands for a compiled kernel: keeps what it is launched with, tensors as their addresses."""
+
+    function, packed_metadata = 7, (4, 1, 0)
+
+    def __init__(self) -> None:
+        self.launches: list[list[Any]] = []
+
+    def launch_metadata(self, *_: Any) -> None:
+        return None
+
+    def run(self, *arguments: Any) -> None:
+        blocks, after_hooks = arguments[:6], arguments[9:]
+        self.launches.append([one.data_ptr() if hasattr(one, "data_ptr") else one for one in (*blocks, *after_hooks)])
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> Written:
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from laras.models.fused import launching
+
+    device = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda _: 3,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    found = Written()
+    monkeypatch.setattr(driver, "_active", device)
+    monkeypatch.setattr(JITFunction, "_do_compile", lambda *_: found)
+    monkeypatch.setattr(launching, "_compiled", {})
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_direct_launch_passes_what_triton_passes(
+    written: Written, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from laras.models.fused import triton_kernels
+
+    tensors, call = CASES[name](torch.bfloat16)
+    call(triton_kernels, *tensors)
+    monkeypatch.setattr(variant, "CHOSEN", replace(variant.CHOSEN, direct_launch=True))
+    call(triton_kernels, *tensors)  # by Triton, and remembered
+    call(triton_kernels, *tensors)
+    by_triton, _, direct = written.launches
+    assert direct == by_triton
