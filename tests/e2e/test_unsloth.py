@@ -1,6 +1,7 @@
 """A run on another library's layers is the same run: data, losses, records, checkpoints, and the way on after a kill.
 
-Unsloth itself needs a GPU (`tests/gpu/test_unsloth_gpu.py`); a stand-in does to other libraries what it does on import.
+Unsloth's own layers need a GPU (`tests/gpu/test_unsloth_gpu.py`); a stand-in does to other libraries what it does on
+import. With `UNSLOTH_SITE=FOLDER` Unsloth itself is imported from that folder.
 """
 
 from __future__ import annotations
@@ -23,11 +24,18 @@ from laras.progress import Observer
 from laras.records import RunResult, TrainPlan
 from tiny_models import base_model
 
-STAND_IN = Path(__file__).parents[1] / "stand_in"
+TESTS = Path(__file__).parents[1]
+# A folder with Unsloth itself, whose backend for CPUs then takes the place of the stand-in.
+REAL = os.environ.get("UNSLOTH_SITE")
 
 
 def python(*words: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(STAND_IN), "STAND_IN_LOG": str(folder / "log.txt"), **variables}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": REAL or str(TESTS / "stand_in"),
+        "STAND_IN_LOG": str(folder / "log.txt"),
+        **variables,
+    }
     return subprocess.run(
         [sys.executable, *words], cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False
     )
@@ -76,7 +84,7 @@ def plain(workplace: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def killed(workplace: Path) -> Path:
-    done = python(str(STAND_IN / "drive.py"), "train", "laras.yaml", folder=workplace)
+    done = python(str(TESTS / "drive_unsloth.py"), "train", "laras.yaml", folder=workplace)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert done.stdout == ""  # its greeting went to standard error
     return workplace / "runs" / "unsloth"
@@ -91,16 +99,16 @@ def test_a_run_without_unsloth_falls_back_and_every_record_says_why(plain: Path)
 
 
 def test_unsloth_is_imported_before_everything_that_it_changes(killed: Path, workplace: Path) -> None:
-    assert imports(workplace)[0] == "imported after []"
+    assert REAL or imports(workplace)[0] == "imported after []"
     assert TrainPlan.load(killed).choices.backend == "unsloth"
 
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on_and_its_losses_are_those_of_the_own_layers(plain: Path, killed: Path) -> None:
-    done = python(str(STAND_IN / "drive.py"), "resume", str(killed), folder=plain.parents[1])
+    done = python(str(TESTS / "drive_unsloth.py"), "resume", str(killed), folder=plain.parents[1])
     assert done.returncode == 0, done.stderr
     assert "Unsloth has changed transformers in this process" in json.loads(done.stdout)["refused"]
-    assert imports(plain.parents[1])[-1] == "imported after []"
+    assert REAL or imports(plain.parents[1])[-1] == "imported after []"
     result = RunResult.load(killed)
     assert result.status == "finished" and "resume" in [event.kind for event in result.events]
     assert losses(killed) == pytest.approx(losses(plain), rel=1e-5)
@@ -131,10 +139,22 @@ def test_a_resume_does_not_change_the_backend(killed: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(REAL is not None, reason="Unsloth itself imports")
 def test_an_import_that_fails_is_tried_elsewhere_and_the_own_layers_train_all_the_same(workplace: Path) -> None:
-    done = python(str(STAND_IN / "drive.py"), "broken", "laras.yaml", folder=workplace, STAND_IN_BROKEN="1")
+    done = python(str(TESTS / "drive_unsloth.py"), "broken", "laras.yaml", folder=workplace, STAND_IN_BROKEN="1")
     assert done.returncode == 0, done.stderr
     plan, result = TrainPlan.load(workplace / "runs" / "broken"), RunResult.load(workplace / "runs" / "broken")
     assert (plan.choices.backend, result.status) == ("transformers", "finished")
     assert "its import fails: ImportError: a stand-in that does not import" in plan.reasons["backend"]
     assert [(event.kind, event.detail) for event in result.events] == [("backend_fallback", plan.reasons["backend"])]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(REAL is None, reason="needs Unsloth itself: UNSLOTH_SITE=FOLDER")
+def test_the_trainer_stays_the_same_to_the_byte_when_unsloth_has_replaced_every_trainer(
+    plain: Path, workplace: Path
+) -> None:
+    done = python(str(TESTS / "drive_unsloth.py"), "rebound", "laras.yaml", folder=workplace)
+    assert done.returncode == 0, done.stderr
+    own, other = ((run / "final" / "adapter_model.safetensors") for run in (plain, workplace / "runs" / "rebound"))
+    assert own.read_bytes() == other.read_bytes()
