@@ -565,7 +565,8 @@ TEXT_PLAIN = [
     "measurements known. Seeing them showed that optimizer states are taken at the end of the first step, in the gaps that",
     "its activations left (reserved memory of full fine-tuning was up to 17% too low), that 4-bit products unpack their",
     "weights inside, that attention on an H100 leaves its result in the order of the query (full fine-tuning of GPT-NeoX",
-    "was 2% too low), and that paged states count to what the process holds as long as there is room. `process` leaves out",
+    "was 2% too low), that a weight is whole while it is quantised (4-bit Pythia was 0.3% too low), and that paged states",
+    "count to what the process holds as long as there is room. `process` leaves out",
     f"{len(HELD_BY_OTHERS)} cases (-): they ran in a process that still held the paged states of an earlier case.",
     "",
 ]  # fmt: skip
