@@ -501,9 +501,6 @@ def _measured(case: Case) -> dict[str, float]:
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_of(choices, parameters)
     step, scale = eager_step(model), torch.ones((), device="cuda")
-    plain = path_of(model).fused is None and choices.precision != "fp32"
-    dtype = torch.bfloat16 if choices.precision == "bf16" else torch.float16
-    autocast = torch.autocast("cuda", dtype) if plain else contextlib.nullcontext()
     values = _shape(case)
     batch = packed_or_padded(
         values, choices, choices.per_device_train_batch_size, packed=choices.packing, device="cuda"
@@ -512,8 +509,7 @@ def _measured(case: Case) -> dict[str, float]:
 
     def optimizer_step() -> None:
         for _ in range(accumulation):
-            with autocast:
-                step(batch, scale)
+            step(batch, scale)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -540,7 +536,7 @@ def _measured(case: Case) -> dict[str, float]:
     batch.clear()
     model.eval()
     torch.cuda.reset_peak_memory_stats()
-    with torch.no_grad(), autocast:
+    with torch.no_grad():
         rows = choices.per_device_eval_batch_size
         target_losses(model, packed_or_padded(values, choices, rows, packed=False, device="cuda"))
     row["eval_MiB"] = torch.cuda.max_memory_allocated() / MIB

@@ -17,7 +17,6 @@ warm-up steps are not timed. One JSON line a case, on stdout and in DIR/throughp
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
 import os
@@ -214,11 +213,10 @@ def measure(name, root, profile):
     def one(index):
         targets = sum(int((part["labels"] != -100).sum()) for part in batches[index])
         total = 0.0
-        with torch.autocast(torch.device(device).type, torch.bfloat16) if plain else contextlib.nullcontext():
-            for part in batches[index]:
-                pinned = {key: value.pin_memory() if on_gpu else value for key, value in part.items()}
-                batch = {key: value.to(device, non_blocking=True) for key, value in pinned.items()}
-                total = total + step(batch, torch.tensor(1.0 / targets).to(device, non_blocking=True)) / targets
+        for part in batches[index]:
+            pinned = {key: value.pin_memory() if on_gpu else value for key, value in part.items()}
+            batch = {key: value.to(device, non_blocking=True) for key, value in pinned.items()}
+            total = total + step(batch, torch.tensor(1.0 / targets).to(device, non_blocking=True)) / targets
         losses.append(total)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

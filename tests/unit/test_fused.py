@@ -32,7 +32,7 @@ from laras.models.fused.model import fused_refusal, kernel_sizes
 from laras.models.fused.selfcheck import disagreement
 from laras.models.fused.variant import Variant
 from laras.models.graphs import GraphedStep, train_step
-from laras.models.step import eager_step, summed_loss
+from laras.models.step import eager_step, summed_loss, target_losses
 from laras.planning.architecture import load_model_spec
 from laras.progress import Observer
 from laras.records import PlanChoices
@@ -410,3 +410,21 @@ def test_a_step_runs_on_meta_tensors(folders):
     trained = [p for p in model.parameters() if p.requires_grad]
     assert trained
     assert all(p.grad is not None and p.dtype == torch.float32 for p in trained)
+
+
+@pytest.mark.parametrize("loss_kind", ["chunked", "full"])
+def test_layers_of_transformers_compute_in_half_precision_while_their_adapters_are_in_fp32(folders, loss_kind):
+    """In training and in validation, by the decoder alone (chunked) and by the whole model, as plans assume."""
+    changes = {"packing": False, "fused_layers": False, "loss_kind": loss_kind, "precision": "bf16"}
+    model = built(folders["qwen2"], **changes)
+    adapters = [part for name, part in model.named_modules() if name.endswith("lora_A.default")]
+    types = []
+    for part in adapters:
+        part.register_forward_hook(lambda _module, _inputs, output: types.append(output.dtype))
+    batch = PadCollator(0)(rows())
+    eager_step(model)(batch, torch.tensor(1.0))
+    model.eval()
+    with torch.no_grad():
+        target_losses(model, batch)
+    assert len(types) == 2 * len(adapters) > 0
+    assert set(types) == {torch.bfloat16} and {part.weight.dtype for part in adapters} == {torch.float32}

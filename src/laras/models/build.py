@@ -122,7 +122,8 @@ def _path(model: nn.Module, choices: PlanChoices, observer: Observer) -> Executi
     if refusal is not None:
         observer.message(f"layers of transformers: {refusal}")
         longest = choices.max_length if choices.packing else None
-        return ExecutionPath(None, refusal, choices.loss_kind, choices.loss_chunk_tokens, longest)
+        low = torch_dtype(choices.precision) if choices.precision != "fp32" else None
+        return ExecutionPath(None, refusal, choices.loss_kind, choices.loss_chunk_tokens, longest, low)
     kind: str = "none"
     if choices.gradient_checkpointing:
         kind = "full" if choices.checkpoint_kind == "none" else choices.checkpoint_kind

@@ -8,6 +8,7 @@ see `laras.data.pack`). Shapes: B rows, T tokens, N target tokens, K kept column
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +44,7 @@ class ExecutionPath:
     loss_kind: str = "full"
     loss_chunk_tokens: int = 1024
     max_document_tokens: int | None = None
+    autocast: torch.dtype | None = None  # of layers of transformers in half precision, whose adapters are in fp32
     # Of layers that another library has built: the model without its adapter wrapper and inputs to (B, T, D).
     hidden_states: Callable[[Any, Mapping[str, Tensor]], Tensor] | None = None
 
@@ -50,6 +52,12 @@ class ExecutionPath:
     def checkpoints_itself(self) -> bool:
         """Whether checkpointing is no business of transformers' layers."""
         return self.fused is not None or self.hidden_states is not None
+
+    def computing(self, device: torch.device) -> AbstractContextManager[object]:
+        """What the model's own layers run under; planning emulates it on the meta device."""
+        if self.autocast is None or device.type == "meta":
+            return nullcontext()
+        return torch.autocast(device.type, self.autocast)
 
 
 def path_of(model: nn.Module) -> ExecutionPath:
@@ -89,7 +97,8 @@ def target_losses(model: nn.Module, batch: Mapping[str, Tensor]) -> TargetLosses
     if head is not None and not torch.is_grad_enabled():
         return _chunked_target_losses(model, head, batch, targets_BT, is_target_BT)
     columns = is_target_BT.any(dim=0).nonzero().squeeze(1)
-    output = model(**_inputs(model, batch), logits_to_keep=columns, use_cache=False)
+    with path_of(model).computing(targets_BT.device):
+        output = model(**_inputs(model, batch), logits_to_keep=columns, use_cache=False)
     kept_BK = is_target_BT[:, columns]
     logits_NV = output.logits[kept_BK].float()
     targets_N = targets_BT[:, columns][kept_BK]
@@ -140,7 +149,8 @@ def _hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     causal = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
     if (own := path_of(model).hidden_states) is not None:
         return own(causal, model_inputs(batch))
-    output = causal.base_model(**_inputs(model, batch), use_cache=False)
+    with path_of(model).computing(batch["labels"].device):
+        output = causal.base_model(**_inputs(model, batch), use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden
 
