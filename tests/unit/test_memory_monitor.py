@@ -10,7 +10,6 @@ import pynvml
 import pytest
 import torch
 
-from laras.training.callbacks import memory
 from laras.training.callbacks.memory import MemoryMonitor
 from tiny_training import Recorder
 
@@ -70,4 +69,3 @@ def test_what_cannot_be_measured_is_told_once_and_stops_nothing(
     if not isinstance(error, pynvml.NVMLError):
         assert monitor.current_bytes() == 0
     assert len(observer.warnings) == 1 and "memory is not measured" in observer.warnings[0]
-    assert memory.WARN_ABOVE == 0.95

@@ -8,7 +8,7 @@ import torch
 
 from laras.progress import Observer
 
-WARN_ABOVE = 0.95  # of the device's or the machine's memory
+WARN_ABOVE = {"cuda": 0.985, "cpu": 0.95}  # of the card's memory, of which a plan may use 0.98, or of the machine's
 _WARN_AGAIN_BELOW = 0.90
 
 
@@ -71,7 +71,7 @@ class MemoryMonitor:
         }
 
     def _warn_when_scarce(self, used_fraction: float) -> None:
-        if used_fraction > WARN_ABOVE and not self._warned:
+        if used_fraction > WARN_ABOVE[self._device.type] and not self._warned:
             self._observer.warning(f"{used_fraction:.0%} of the memory is in use; training goes on")
             self._warned = True
         elif used_fraction < _WARN_AGAIN_BELOW:
