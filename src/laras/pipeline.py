@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from laras.config import RunConfig
 from laras.config_file import config_to_yaml
 from laras.environment import read_environment
-from laras.errors import ConfigError, LarasError, OutOfMemoryError, PlanError, RunStateError
+from laras.errors import ConfigError, LarasError, OutOfMemoryError, RunStateError
 from laras.planning.attention import require_attention
 from laras.progress import Observer
 from laras.ranks import from_rank_zero, own_rank
@@ -31,11 +31,11 @@ from laras.records import (
     TrainPlan,
 )
 from laras.rundir import GIVEN_CONFIG_NAME, RunDir, create_run_dir, hold
+from laras.stages import division, import_backend, load_tokenizer_of, make_plan, prepare, require_fit
 from laras.sweep_record import sweep_of
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
 
     from laras.data.prepare import PreparedData
     from laras.training.signals import StopRequest
@@ -70,7 +70,7 @@ def inspect(config: RunConfig, observer: Observer | None = None) -> Inspection:
         DataError: With every problem of the data at once.
     """
     observer = observer or Observer()
-    prepared = _prepare(config, _load_tokenizer(config, observer), observer)
+    prepared = prepare(config, load_tokenizer_of(config, observer), observer)
     return Inspection(prepared.profile, prepared.manifest)
 
 
@@ -94,8 +94,8 @@ def plan(config: RunConfig, observer: Observer | None = None) -> TrainPlan:
         observer.warning(
             f"{config.model_name_or_path} brings no tokenizer: planned for examples of {config.max_length} tokens"
         )
-    prepared = None if model_only or bare else _prepare(config, _load_tokenizer(config, observer), observer)
-    return _plan(config, prepared, observer)
+    prepared = None if model_only or bare else prepare(config, load_tokenizer_of(config, observer), observer)
+    return make_plan(config, prepared, observer)
 
 
 def train(
@@ -131,15 +131,15 @@ def train(
     def start() -> RunDir:
         require_attention(config.attn_implementation)
         origin = _find_start(from_run, checkpoint, observer)
-        own = _prepare(config, _load_tokenizer(config, observer), observer)
+        own = prepare(config, load_tokenizer_of(config, observer), observer)
         prepared = origin.chained(own) if origin else own
-        observer.message(_division(prepared.manifest))
-        chosen = _plan(config, prepared, observer, import_failure)
+        observer.message(division(prepared.manifest))
+        chosen = make_plan(config, prepared, observer, import_failure)
         if config.backend == "unsloth" != chosen.choices.backend:
             observer.warning(chosen.reasons["backend"])
         if origin:
             origin.require_fit(config, chosen, own)
-        _require_fit(chosen)
+        require_fit(chosen)
         return _write_run(config, given, prepared, chosen, origin)
 
     run = RunDir(Path(from_rank_zero(lambda: str(start().path))))
@@ -262,81 +262,6 @@ def _write_report(run: RunDir, observer: Observer) -> None:
         observer.warning(f"no report was written: {error.message}")
 
 
-def _load_tokenizer(config: RunConfig, observer: Observer) -> PreTrainedTokenizerBase:
-    from laras.models import cold_start
-
-    observer.stage_started("loading the tokenizer")
-    cold_start.load("laras.models.loader")
-    from laras.models.loader import load_tokenizer
-
-    return load_tokenizer(
-        config.model_name_or_path,
-        revision=config.model_revision,
-        trust_remote_code=config.trust_remote_code,
-        chat_template=config.chat_template,
-    )
-
-
-def _prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase, observer: Observer) -> PreparedData:
-    from laras.data.prepare import prepare_dataset
-
-    spec = _load_spec(config)
-    return prepare_dataset(config, tokenizer, spec.max_position_embeddings, observer)
-
-
-def _division(manifest: SplitManifest) -> str:
-    rows = manifest.train.rows, manifest.validation.rows, manifest.test.rows
-    return (
-        f"{sum(rows):,} examples: {rows[0]:,} to learn from, {rows[1]:,} to validate, {rows[2]:,} sealed for the test"
-    )
-
-
-def _load_spec(config: RunConfig) -> Any:
-    from laras.models.builtin import resolve_tokenizer
-    from laras.planning.architecture import load_model_spec
-
-    return load_model_spec(resolve_tokenizer(config.model_name_or_path), revision=config.model_revision)
-
-
-def import_backend(config: RunConfig, observer: Observer) -> str | None:
-    """Imports what has to come before torch; see `laras.models.unsloth.import_for_config`."""
-    from laras.models.unsloth import import_for_config
-
-    return import_for_config(config, lambda: _load_spec(config), observer)
-
-
-def _plan(
-    config: RunConfig, prepared: PreparedData | None, observer: Observer, import_failure: str | None = None
-) -> TrainPlan:
-    from laras.models.cold_start import trace_step
-    from laras.planning.counts import with_counts
-    from laras.planning.hardware import load_hardware
-    from laras.planning.planner import plan_training
-
-    observer.stage_started("planning")
-    spec = _load_spec(config).model_copy(update={"source": config.model_name_or_path})
-    spec = with_counts(spec, config, _count_parameters)
-    profile, manifest = (prepared.profile, prepared.manifest) if prepared else (None, None)
-    return plan_training(config, profile, manifest, spec, load_hardware(config.gpu), trace_step, import_failure)
-
-
-def _count_parameters(config: RunConfig) -> Any:
-    """`laras.models.parameters.count_parameters`, loaded for a family without a table only: it brings torch."""
-    from laras.models.parameters import count_parameters
-
-    return count_parameters(config)
-
-
-def _require_fit(chosen: TrainPlan) -> None:
-    if not chosen.fits:
-        raise PlanError(
-            f"the plan does not fit {chosen.hardware.gpu_name}: it needs "
-            f"{_gib(chosen.memory.train_peak_reserved_bytes)} of {_gib(chosen.memory.device_budget_bytes)}",
-            problems=chosen.remedies,
-            hint="each line above would make it possible; `laras plan` shows the whole plan",
-        )
-
-
 def _find_start(from_run: Path | str | None, checkpoint: int | None, observer: Observer) -> Start | None:
     if from_run is None:
         if checkpoint is not None:
@@ -405,7 +330,7 @@ def _run_training(
     config, chosen = run.load_config(), TrainPlan.load(run.path)
     with hold(run) if own_rank() == 0 else nullcontext(), off_standard_output(chosen.choices):
         resume_from = from_rank_zero(choose)
-        tokenizer = _load_tokenizer(config, observer)
+        tokenizer = load_tokenizer_of(config, observer)
         observer.stage_started("loading the model")
         if config.full_determinism:  # cuBLAS reads it once, at the first matrix product
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -442,7 +367,3 @@ def _device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"

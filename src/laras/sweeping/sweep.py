@@ -19,6 +19,7 @@ from laras.progress import Observer
 from laras.record_base import digest_of, write_atomically
 from laras.records import PlanChoices, SplitManifest
 from laras.rundir import CONFIG_NAME, GIVEN_CONFIG_NAME, RunDir, hold, short_model_name
+from laras.stages import import_backend
 from laras.sweep_record import BASE_CONFIG_NAME, STUDY_NAME, SweepParameter, SweepRecord, is_sweep, trial_dir
 from laras.sweeping.outcome import SweepOutcome, best_of, trial_record, values_text, write_best_config
 from laras.sweeping.space import Search, as_configured, default_space, describe, parse_search
@@ -60,7 +61,7 @@ def run_sweep(
     _check_call(trials, time_limit_s)
     deadline_s = time.monotonic() + time_limit_s if time_limit_s is not None else None
     asked = parse_search(search, config) if search else None
-    pipeline.import_backend(config, observer)  # before anything that imports torch
+    import_backend(config, observer)  # before anything that imports torch
     inspection = pipeline.inspect(config, observer)
     if not inspection.manifest.validation.rows:
         raise ConfigError(
@@ -97,7 +98,7 @@ def continue_sweep(
     wanted = trials if trials is not None else record.wanted_trials
     _check_call(wanted, time_limit_s)
     deadline_s = time.monotonic() + time_limit_s if time_limit_s is not None else None
-    pipeline.import_backend(config, observer)
+    import_backend(config, observer)
     manifest = pipeline.inspect(config, observer).manifest
     choices = _plan_choices(config, observer)
     with hold(RunDir(sweep_dir)):

@@ -1,0 +1,120 @@
+"""The stages before there is a run: tokenizer, data and plan. Each loads its libraries when it begins."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from laras.config import RunConfig
+from laras.errors import PlanError
+from laras.progress import Observer
+from laras.records import SplitManifest, TrainPlan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from laras.data.prepare import PreparedData
+
+
+def import_backend(config: RunConfig, observer: Observer) -> str | None:
+    """Imports what has to come before torch; see `laras.models.unsloth.import_for_config`."""
+    from laras.models.unsloth import import_for_config
+
+    return import_for_config(config, lambda: load_spec(config), observer)
+
+
+def load_tokenizer_of(config: RunConfig, observer: Observer) -> PreTrainedTokenizerBase:
+    """The tokenizer that the configuration names.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+    """
+    from laras.models import cold_start
+
+    observer.stage_started("loading the tokenizer")
+    cold_start.load("laras.models.loader")
+    from laras.models.loader import load_tokenizer
+
+    return load_tokenizer(
+        config.model_name_or_path,
+        revision=config.model_revision,
+        trust_remote_code=config.trust_remote_code,
+        chat_template=config.chat_template,
+    )
+
+
+def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase, observer: Observer) -> PreparedData:
+    """Data that is read, checked, tokenised and divided, from the cache where it was made before.
+
+    Raises:
+        DataError: With every problem of the data at once.
+    """
+    from laras.data.prepare import prepare_dataset
+
+    spec = load_spec(config)
+    return prepare_dataset(config, tokenizer, spec.max_position_embeddings, observer)
+
+
+def division(manifest: SplitManifest) -> str:
+    """How the rows were divided, in one line."""
+    rows = manifest.train.rows, manifest.validation.rows, manifest.test.rows
+    return (
+        f"{sum(rows):,} examples: {rows[0]:,} to learn from, {rows[1]:,} to validate, {rows[2]:,} sealed for the test"
+    )
+
+
+def make_plan(
+    config: RunConfig, prepared: PreparedData | None, observer: Observer, import_failure: str | None = None
+) -> TrainPlan:
+    """The plan for this machine's device or the one that `config.gpu` names; `prepared` is None without data.
+
+    Raises:
+        ConfigError: The model's configuration cannot be loaded, or nothing can train it so.
+    """
+    from laras.models.cold_start import trace_step
+    from laras.planning.counts import with_counts
+    from laras.planning.hardware import load_hardware
+    from laras.planning.planner import plan_training
+
+    observer.stage_started("planning")
+    spec = load_spec(config).model_copy(update={"source": config.model_name_or_path})
+    spec = with_counts(spec, config, _count_parameters)
+    profile, manifest = (prepared.profile, prepared.manifest) if prepared else (None, None)
+    return plan_training(config, profile, manifest, spec, load_hardware(config.gpu), trace_step, import_failure)
+
+
+def require_fit(chosen: TrainPlan) -> None:
+    """Refuses a plan that does not fit.
+
+    Raises:
+        PlanError: With what would make it possible.
+    """
+    if not chosen.fits:
+        raise PlanError(
+            f"the plan does not fit {chosen.hardware.gpu_name}: it needs "
+            f"{_gib(chosen.memory.train_peak_reserved_bytes)} of {_gib(chosen.memory.device_budget_bytes)}",
+            problems=chosen.remedies,
+            hint="each line above would make it possible; `laras plan` shows the whole plan",
+        )
+
+
+def load_spec(config: RunConfig) -> Any:
+    """The architecture of the model, from its `config.json`.
+
+    Raises:
+        ConfigError: There is none, or it is no causal language model's.
+    """
+    from laras.models.builtin import resolve_tokenizer
+    from laras.planning.architecture import load_model_spec
+
+    return load_model_spec(resolve_tokenizer(config.model_name_or_path), revision=config.model_revision)
+
+
+def _count_parameters(config: RunConfig) -> Any:
+    """`laras.models.parameters.count_parameters`, loaded for a family without a table only: it brings torch."""
+    from laras.models.parameters import count_parameters
+
+    return count_parameters(config)
+
+
+def _gib(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB"
