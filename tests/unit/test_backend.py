@@ -188,7 +188,7 @@ def test_documents_of_a_packed_batch_are_told_to_unsloth_by_their_lengths(tmp_pa
     batch = PackCollator(budget_tokens=16, max_documents=6, max_length=8)(rows)
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     with torch.no_grad():
-        packed = hidden_states(model, inputs, torch.float32)
+        packed = hidden_states(model, inputs)
         alone = [model.model(torch.tensor([row["input_ids"]])).last_hidden_state for row in rows]
     assert told["packed_seq_lengths"].tolist() == [7, 3, 6]
     assert "cu_seqlens" not in told

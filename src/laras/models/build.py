@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import time
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -72,10 +71,10 @@ def build_model(config: RunConfig, choices: PlanChoices, device: str, observer: 
 
 def _unsloth_model(config: RunConfig, choices: PlanChoices, observer: Observer) -> Any:
     model = unsloth.build_layers(config, choices)
-    states = partial(unsloth.hidden_states, dtype=torch_dtype(choices.precision))
     model.laras_path = ExecutionPath(
-        None, "as planned", "chunked", choices.loss_chunk_tokens, choices.max_length, hidden_states=states
-    )
+        None, "as planned", "chunked", choices.loss_chunk_tokens, choices.max_length, _low(choices),
+        hidden_states=unsloth.hidden_states,
+    )  # fmt: skip
     observer.message("layers of Unsloth")
     model.train()
     return model
@@ -122,8 +121,7 @@ def _path(model: nn.Module, choices: PlanChoices, observer: Observer) -> Executi
     if refusal is not None:
         observer.message(f"layers of transformers: {refusal}")
         longest = choices.max_length if choices.packing else None
-        low = torch_dtype(choices.precision) if choices.precision != "fp32" else None
-        return ExecutionPath(None, refusal, choices.loss_kind, choices.loss_chunk_tokens, longest, low)
+        return ExecutionPath(None, refusal, choices.loss_kind, choices.loss_chunk_tokens, longest, _low(choices))
     kind: str = "none"
     if choices.gradient_checkpointing:
         kind = "full" if choices.checkpoint_kind == "none" else choices.checkpoint_kind
@@ -141,6 +139,11 @@ def _path(model: nn.Module, choices: PlanChoices, observer: Observer) -> Executi
     compiled = f"; kernels compiled and compared in {kernels_s:.0f} s" if kernels_s >= _WORTH_SAYING_S else ""
     observer.message(f"fused layers, checkpointing: {kind}{compiled}")
     return ExecutionPath(fused, None, "chunked", choices.loss_chunk_tokens, choices.max_length)
+
+
+def _low(choices: PlanChoices) -> torch.dtype | None:
+    """What autocast lowers products to; None where everything is in fp32."""
+    return torch_dtype(choices.precision) if choices.precision != "fp32" else None
 
 
 def _return_freed_memory() -> None:

@@ -44,7 +44,7 @@ class ExecutionPath:
     loss_kind: str = "full"
     loss_chunk_tokens: int = 1024
     max_document_tokens: int | None = None
-    autocast: torch.dtype | None = None  # of layers of transformers in half precision, whose adapters are in fp32
+    autocast: torch.dtype | None = None  # of layers that are not fused, in half precision with adapters in fp32
     # Of layers that another library has built: the model without its adapter wrapper and inputs to (B, T, D).
     hidden_states: Callable[[Any, Mapping[str, Tensor]], Tensor] | None = None
 
@@ -147,9 +147,10 @@ def _hidden_states(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Output of the decoder, before the head (B, T, D)."""
     whole: Any = model
     causal = whole.get_base_model() if hasattr(whole, "get_base_model") else whole
-    if (own := path_of(model).hidden_states) is not None:
-        return own(causal, model_inputs(batch))
-    with path_of(model).computing(batch["labels"].device):
+    path = path_of(model)
+    with path.computing(batch["labels"].device):
+        if path.hidden_states is not None:
+            return path.hidden_states(causal, model_inputs(batch))
         output = causal.base_model(**_inputs(model, batch), use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden

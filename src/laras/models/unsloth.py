@@ -30,7 +30,6 @@ from laras.progress import Observer
 from laras.records import ModelSpec, PlanChoices
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 _AFTER_UNSLOTH = ("torch", "transformers", "trl", "peft")
@@ -245,21 +244,17 @@ def set_initial_adapters(model: Any, seed: int) -> None:
                 module.lora_B[name].weight.data = torch.zeros_like(module.lora_B[name].weight, dtype=torch.float32)
 
 
-def hidden_states(causal: Any, inputs: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """Output of the decoder (B, T, D), as Unsloth's trainer would have it computed: under autocast.
+def hidden_states(causal: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """Output of the decoder (B, T, D); the step runs it under autocast, as Unsloth's trainer would.
 
     Args:
         causal: The model without its adapter wrapper.
         inputs: `input_ids` with `attention_mask`, or with `position_ids` and `cu_seqlens`.
-        dtype: That layers compute in.
     """
-    import torch
-
     own = {name: value for name, value in inputs.items() if name != "cu_seqlens"}
     if "cu_seqlens" in inputs:
         lengths = inputs["cu_seqlens"].diff()
         own["packed_seq_lengths"] = lengths[lengths > 0]  # the last bound is repeated, for a fixed shape
-    with torch.autocast(inputs["input_ids"].device.type, dtype, enabled=dtype != torch.float32):
-        output = causal.base_model(**own, use_cache=False)
+    output = causal.base_model(**own, use_cache=False)
     hidden: Tensor = output.last_hidden_state
     return hidden.to(causal.get_output_embeddings().weight.dtype)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
-
-import platformdirs
 
 from laras.config import RunConfig
 from laras.errors import LarasError
 from laras.planning.architecture import FAMILIES
-from laras.record_base import write_atomically
+from laras.planning.remembered import remembered
 from laras.records import ModelSpec
 
 
@@ -42,19 +38,13 @@ def with_counts(spec: ModelSpec, config: RunConfig, count: Callable[[RunConfig],
     """
     if spec.model_type in FAMILIES:
         return spec
-    path = Path(platformdirs.user_cache_dir("laras", appauthor=False)) / "counts" / f"{spec.config_digest[:32]}.json"
     try:
-        found = ParameterCounts(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        try:
-            found = count(config)
-        except LarasError:
-            return spec
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, json.dumps(asdict(found)))
-        except OSError:
-            pass  # a cache that cannot be written costs time only
+        found = remembered(
+            "counts", {"model": spec.config_digest}, lambda: count(config),
+            read=lambda values: ParameterCounts(**values), written=asdict,
+        )  # fmt: skip
+    except LarasError:
+        return spec
     return spec.model_copy(
         update={
             "total_parameters": found.total,

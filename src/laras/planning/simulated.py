@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
-
-import platformdirs
 
 from laras import __version__
 from laras.config import RunConfig
 from laras.planning.allocator import replay
 from laras.planning.memory import context_bytes, workspace_bytes
+from laras.planning.remembered import remembered
 from laras.planning.trace import StepTrace
 from laras.planning.work import Work
 from laras.planning.workload import LargestBatch
-from laras.record_base import digest_of, write_atomically
 from laras.records import HardwareSpec, MemoryEstimate, ModelSpec, PlanChoices
 
 Simulate = Callable[[RunConfig, PlanChoices, int, HardwareSpec, int | None, LargestBatch | None], StepTrace]
@@ -135,18 +131,10 @@ def _cached(
         "documents": documents,
         "largest": largest and astuple(largest),
     }
-    path = Path(platformdirs.user_cache_dir("laras", appauthor=False)) / "simulations" / f"{digest_of(key)[:32]}.json"
-    try:
-        return StepTrace.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # absent or damaged: made again
-    trace = simulate(config, choices, spec.layers, hardware, documents, largest)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(trace.to_json(), separators=(",", ":")))
-    except OSError:
-        pass  # a cache that cannot be written costs time only
-    return trace
+    return remembered(
+        "simulations", key, lambda: simulate(config, choices, spec.layers, hardware, documents, largest),
+        read=StepTrace.from_json, written=StepTrace.to_json,
+    )  # fmt: skip
 
 
 def _deciding(choices: PlanChoices) -> dict[str, Any]:
