@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -120,3 +120,11 @@ def finished_run(path: Path, base: Path, *, method: str = "lora", targets: str |
     ids = [words(text)["input_ids"] for text in TEXT]
     write_tokens(token_table(ids, ids, list(range(len(ids)))), path / "splits" / "validation.parquet")
     return path
+
+
+def tuned_llama(folder: Path) -> PeftModel:
+    """A tiny Llama with an adapter that changes it, as a finished run leaves it, in evaluation mode."""
+    base = base_model("llama", folder / "base")
+    run = finished_run(folder / "run", base)
+    tuned: PeftModel = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "final")
+    return tuned.eval()

@@ -11,25 +11,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_run import laras, write_chats
+from test_run import laras, write_workplace
 
 from laras.errors import ExitCode
-from tiny_models import base_model
 
 LIMIT_S = 200
 
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("work")
-    base_model("llama", folder / "model")
-    write_chats(folder / "chats.jsonl")
-    (folder / "laras.yaml").write_text(
-        "model_name_or_path: model\ndataset: chats.jsonl\nmax_steps: 60\nnum_train_epochs: 20\n"
-        "effective_batch_size: 8\nmax_length: 256\nreport_to: []\neval_steps: 20\nsave_steps: 20\nlogging_steps: 1\n",
-        encoding="utf-8",
+    return write_workplace(
+        tmp_path_factory.mktemp("work"),
+        "max_steps: 60\nnum_train_epochs: 20\neval_steps: 20\nsave_steps: 20\nlogging_steps: 1\n",
     )
-    return folder
 
 
 def signalled(folder: Path, name: str, number: int, ready: Callable[[Path], bool]) -> int:

@@ -36,17 +36,26 @@ def write_chats(path: Path, count: int = 60) -> None:
             file.write(json.dumps({"messages": [question, answer]}) + "\n")
 
 
+def write_workplace(folder: Path, settings: str, at: str = "") -> Path:
+    """A model, a dataset and a configuration, as a user has them.
+
+    Args:
+        folder: Where to write them.
+        settings: Further lines of YAML.
+        at: What stands before the paths in the configuration; nothing where `laras` runs in the folder.
+    """
+    base_model("llama", folder / "model")
+    write_chats(folder / "chats.jsonl")
+    named = f"model_name_or_path: {at}model\ndataset: {at}chats.jsonl\noutput_dir: {at}runs\n"
+    shared = "effective_batch_size: 8\nmax_length: 256\nreport_to: []\n"
+    (folder / "laras.yaml").write_text(named + shared + settings, encoding="utf-8")
+    return folder
+
+
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with a model, a dataset and a configuration, as a user has it, and one finished run."""
-    folder = tmp_path_factory.mktemp("work")
-    base_model("llama", folder / "model")
-    write_chats(folder / "chats.jsonl")
-    (folder / "laras.yaml").write_text(
-        "model_name_or_path: model\ndataset: chats.jsonl\nnum_train_epochs: 2\nlearning_rate: 0.01\n"
-        "effective_batch_size: 8\nmax_length: 256\nreport_to: []\n",
-        encoding="utf-8",
-    )
+    folder = write_workplace(tmp_path_factory.mktemp("work"), "num_train_epochs: 2\nlearning_rate: 0.01\n")
     done = laras("train", "laras.yaml", "run_name=first", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "train.json").write_text(done.stdout, encoding="utf-8")

@@ -9,22 +9,14 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_run import write_chats
-
-from tiny_models import base_model
+from test_run import write_workplace
 
 LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
 @pytest.mark.slow
 def test_two_processes_train_one_run_and_the_first_one_scores_and_answers(tmp_path: Path) -> None:
-    base_model("llama", tmp_path / "model")
-    write_chats(tmp_path / "chats.jsonl")
-    (tmp_path / "laras.yaml").write_text(
-        "model_name_or_path: model\ndataset: chats.jsonl\nnum_train_epochs: 1\nlearning_rate: 0.01\n"
-        "effective_batch_size: 8\nmax_length: 256\nreport_to: []\nrun_name: two\n",
-        encoding="utf-8",
-    )
+    write_workplace(tmp_path, "num_train_epochs: 1\nlearning_rate: 0.01\nrun_name: two\n")
     done = subprocess.run(
         [sys.executable, *LAUNCH, "-m", "laras", "train", "laras.yaml", "--test", "--json"], cwd=tmp_path,
         env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},

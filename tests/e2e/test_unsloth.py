@@ -16,13 +16,12 @@ from typing import Any
 
 import pytest
 from safetensors.torch import load_file
-from test_run import write_chats
+from test_run import write_workplace
 
 import laras
 from laras.errors import RunStateError
 from laras.progress import Observer
 from laras.records import RunResult, TrainPlan
-from tiny_models import base_model
 
 TESTS = Path(__file__).parents[1]
 # A folder with Unsloth itself, whose backend for CPUs then takes the place of the stand-in.
@@ -62,15 +61,8 @@ class Warnings(Observer):
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("work")
-    base_model("llama", folder / "model")
-    write_chats(folder / "chats.jsonl")
-    (folder / "laras.yaml").write_text(
-        f"model_name_or_path: {folder}/model\ndataset: {folder}/chats.jsonl\noutput_dir: {folder}/runs\n"
-        "num_train_epochs: 1\nlearning_rate: 0.01\neffective_batch_size: 8\nmax_length: 256\nlogging_steps: 1\n"
-        "eval_steps: 2\nreport_to: []\n",
-        encoding="utf-8",
-    )
-    return folder
+    settings = "num_train_epochs: 1\nlearning_rate: 0.01\nlogging_steps: 1\neval_steps: 2\n"
+    return write_workplace(folder, settings, at=f"{folder}/")
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,6 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 import tiny_models
 from laras.errors import OutOfMemoryError
@@ -21,10 +19,7 @@ from laras.progress import Observer
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("llama")
-    base = tiny_models.base_model("llama", folder / "base")
-    run = tiny_models.finished_run(folder / "run", base)
-    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), run / "final").eval()
+    return tiny_models.tuned_llama(tmp_path_factory.mktemp("llama"))
 
 
 @pytest.fixture(scope="module")
