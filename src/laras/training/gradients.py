@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from laras.errors import LarasError
+from laras.models.device_memory import DeviceOutOfMemory, free_caches
 from laras.models.step import TrainStep, target_positions
 from laras.training import oom
 from laras.training.batches import MicroBatch, StepRows, TrainBatches
@@ -84,7 +85,7 @@ class StepGradients:
             loss = torch.full((), torch.nan, dtype=torch.float64, device=self._device)
         if self._error is not None:  # the others wait in the sums below, which take room
             self._model.zero_grad()
-            oom.free_caches()
+            free_caches()
         figures = [loss * scale, torch.full_like(loss, float(wants_stop))]
         if self._processes == 1:
             return torch.stack(figures)
@@ -163,14 +164,14 @@ class StepGradients:
         while True:
             try:
                 return work()
-            except oom.DeviceOutOfMemory as error:
+            except DeviceOutOfMemory as error:
                 text = str(error).partition("\n")[0]
             rows, counters = self._batches.rows, self._counters
             if len(self._piece) <= 1:
                 index = self._piece[0]
                 raise oom.does_not_fit(int(rows.sources[index]), int(rows.lengths[index]), "training on")
             self._model.zero_grad()  # what this step had accumulated so far is computed again
-            oom.free_caches()
+            free_caches()
             oom.restore_device_random_state(before, self._device)
             self._cut_finer(counters.split_level + 1, text)
 

@@ -6,9 +6,6 @@ import torch
 from torch import Tensor
 
 from laras.errors import OutOfMemoryError
-from laras.models.device_memory import DeviceOutOfMemory, free_caches
-
-__all__ = ["DeviceOutOfMemory", "device_random_state", "does_not_fit", "free_caches", "restore_device_random_state"]
 
 
 def device_random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ from torch import nn
 
 from laras.evaluation.evaluator import Rows, evaluate_split
 from laras.evaluation.metrics import score_of
+from laras.models.device_memory import DeviceOutOfMemory, free_caches
 from laras.progress import Observer
 from laras.records import SplitScore
 from laras.training import oom
@@ -60,13 +61,13 @@ class Validation:
                     observer=observer, shared_rows=self._planned_rows,
                 )  # fmt: skip
                 break
-            except oom.DeviceOutOfMemory as error:
+            except DeviceOutOfMemory as error:
                 text = str(error).partition("\n")[0]
             if batch_rows == 1:
                 split = TokenRows(rows)
                 longest = int(split.lengths.argmax())
                 raise oom.does_not_fit(int(split.sources[longest]), int(split.lengths[longest]), "validation of")
-            oom.free_caches()
+            free_caches()
             self._cut_finer(self._counters.eval_split_level + 1, text)
         if self._processes > 1:  # the smallest batch of any process is that of all, and of a resume
             level = highest(self._counters.eval_split_level, self._device)
