@@ -235,45 +235,54 @@ def sweep_small_disks(folder: Path, sizes: int, scenario_name: str = "padded") -
     return {**report, "permitted": True}
 
 
+def fixed_work_s() -> float:
+    """Processor time of one and the same loop: what a busy neighbour or a lower clock lengthens as it does a step."""
+    started = time.process_time()
+    sum(range(100_000))
+    return time.process_time() - started
+
+
 class Wear(Observer):
-    """Measures this process every `every` steps; time is that on the processor, which others do not lengthen."""
+    """Measures this process every `every` steps; `step_work` is a step's processor time over that of a fixed loop."""
 
     def __init__(self, every: int) -> None:
         self.every, self.process = every, psutil.Process()
         self.resident: list[int] = []
         self.files: list[int] = []
         self.step_s: list[float] = []
+        self.step_work: list[float] = []
         self._started = time.process_time()
 
     def step_finished(self, report: Any) -> None:
         if report.step % self.every == 0:
-            now = time.process_time()
-            self.step_s.append((now - self._started) / self.every)
-            self._started = now
+            self.step_s.append((time.process_time() - self._started) / self.every)
+            self.step_work.append(self.step_s[-1] / fixed_work_s())
             self.resident.append(self.process.memory_info().rss)
             self.files.append(self.process.num_fds())
+            self._started = time.process_time()
 
 
 def wear(folder: Path, steps: int) -> dict[str, Any]:
-    """Many steps, with logging, validation and saving: the last tenth beside the second."""
+    """Many steps, with logging, validation and saving: the last tenth beside the second, and of time halves."""
     observer = Wear(max(1, steps // 100))
     scenario = Scenario(
         2, 1, choices={"eval_steps": steps // 20, "save_steps": steps // 20, "logging_steps": 10},
         config={"max_steps": steps, "report_to": ["tensorboard"]},
     )  # fmt: skip
     tiny.train(folder / "wear", scenario, observer=observer)
-    tenth = max(1, len(observer.step_s) // 10)
+    tenth, half = max(1, len(observer.step_s) // 10), len(observer.step_s) // 2
 
-    def growth(values: list[Any]) -> float:
-        return statistics.median(values[-tenth:]) / statistics.median(values[tenth : 2 * tenth]) - 1
+    def growth(values: list[Any], count: int) -> float:
+        """Of the median of the last `count` over that of as many after the first tenth."""
+        return statistics.median(values[-count:]) / statistics.median(values[tenth : tenth + count]) - 1
 
     report = {
         "steps": steps,
         "resident_bytes": [observer.resident[tenth], observer.resident[-1]],
-        "resident_growth": growth(observer.resident),
+        "resident_growth": growth(observer.resident, tenth),
         "open_files": [observer.files[tenth], observer.files[-1]],
         "step_s": [statistics.median(observer.step_s[tenth : 2 * tenth]), statistics.median(observer.step_s[-tenth:])],
-        "step_time_growth": growth(observer.step_s),
+        "step_time_growth": growth(observer.step_work, half),  # a neighbour may well be busy for a tenth
     }
     print(f"flat: {report}")
     return report
