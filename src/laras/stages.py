@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from laras.config import RunConfig
 from laras.errors import PlanError
+from laras.formatting import size
 from laras.progress import Observer
 from laras.records import SplitManifest, TrainPlan
 
@@ -91,7 +92,7 @@ def require_fit(chosen: TrainPlan) -> None:
     if not chosen.fits:
         raise PlanError(
             f"the plan does not fit {chosen.hardware.gpu_name}: it needs "
-            f"{_gib(chosen.memory.train_peak_reserved_bytes)} of {_gib(chosen.memory.device_budget_bytes)}",
+            f"{size(chosen.memory.train_peak_reserved_bytes)} of {size(chosen.memory.device_budget_bytes)}",
             problems=chosen.remedies,
             hint="each line above would make it possible; `laras plan` shows the whole plan",
         )
@@ -114,7 +115,3 @@ def _count_parameters(config: RunConfig) -> Any:
     from laras.models.parameters import count_parameters
 
     return count_parameters(config)
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / 2**30:.1f} GiB"

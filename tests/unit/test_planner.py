@@ -123,9 +123,9 @@ def test_main_memory_is_a_limit_and_more_of_it_a_remedy_that_works():
     small = plan_beside(**keys, main_memory_gib=4)
     assert not small.fits
     assert small.memory.host_bytes == 0
-    assert "of which 2.0 GiB may be taken" in small.reasons["gradient_checkpointing"]
+    assert "of which 2.00 GiB may be taken" in small.reasons["gradient_checkpointing"]
     remedy = next(text for text in small.remedies if "main memory" in text)
-    assert remedy.endswith("of free main memory instead of 4.0 GiB fits")
+    assert remedy.endswith("of free main memory instead of 4.00 GiB fits")
     assert plan_beside(**keys, main_memory_gib=float(remedy.split()[0]) + 0.1).fits
 
 

@@ -22,7 +22,7 @@ def test_a_rehearsed_run_is_the_same_run_to_the_byte(tmp_path: Path, name: str) 
     plain["metrics"] = [{"step": 0, "epoch": 0}, *plain["metrics"]]  # the line with the rehearsal's memory
     assert rehearsed == plain
     assert [event.kind for event in result.events] == ["rehearsal"]
-    assert "planned 1.00 GB" in result.events[0].detail
+    assert "planned 954 MiB" in result.events[0].detail
     first = json.loads((tmp_path / "rehearsed" / "logs" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["memory/rehearsal_peak_bytes"] > 10**8
     assert first["memory/rehearsal_over_plan"] == pytest.approx(first["memory/rehearsal_peak_bytes"] / 10**9 - 1)

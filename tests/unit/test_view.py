@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 
 import pytest
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from laras.cli import view as view_module
-from laras.cli.view import LiveView, PlainView, duration, open_view, size
+from laras.cli.view import LiveView, PlainView, open_view
 from laras.progress import StepReport, ValidationReport
 
 
@@ -41,17 +42,6 @@ def validation(without: int, patience: int | None = 5) -> ValidationReport:
     )
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (75, "1 min 15 s"), (3600, "1 h 00 min"), (7500, "2 h 05 min")]
-)
-def test_durations_read_as_people_say_them(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-def test_sizes_have_a_unit() -> None:
-    assert (size(512 * 2**20), size(2**31)) == ("512 MiB", "2.0 GiB")
-
-
 def test_plain_lines_say_what_each_validation_meant(capsys: pytest.CaptureFixture[str]) -> None:
     with PlainView() as view:
         for item in (validation(0), validation(1), validation(2, patience=None)):
@@ -61,9 +51,10 @@ def test_plain_lines_say_what_each_validation_meant(capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("71.0%")[1].strip() for line in lines[:3]] == [
         "new best",
-        "no improvement (1/5)",
-        "no improvement",
+        "no gain (1/5)",
+        "no gain",
     ]
+    assert max(map(len, lines[:3])) <= 80
     assert lines[3:] == ["warning: disk is nearly full", "training finished"]
 
 
@@ -83,7 +74,7 @@ def test_plain_progress_is_a_line_every_few_seconds_and_the_last_step(
     lines = capsys.readouterr().err.splitlines()
     assert lines[:3] == ["reading", "  reading: 5 of 12 rows", "  reading: 10 of 12 rows"]
     assert len(lines) == 4
-    assert "10/10" in lines[3] and "loss -" in lines[3] and "memory 3.0 GiB, planned 4.0 GiB" in lines[3]
+    assert "10/10" in lines[3] and "loss -" in lines[3] and "memory 3.00 GiB, planned 4.00 GiB" in lines[3]
 
 
 def test_live_view_keeps_lines_above_one_that_moves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -123,9 +114,19 @@ def test_a_narrow_terminal_cuts_the_least_important_numbers_only(columns: int, m
         view._progress.refresh()
     line = next(text for text in reversed(shown.getvalue().splitlines()) if "loss" in text)
     assert "training" in line and "3/10  loss 1.2500" in line
-    assert ("1 min 15 s left" in line) == (columns >= 80) and ("memory 3.0 GiB, planned 4.0 GiB" in line) == (
+    assert ("1 min 15 s left" in line) == (columns >= 80) and ("memory 3.00 GiB, planned 4.00 GiB" in line) == (
         columns >= 120
     )
+
+
+def test_the_clock_of_the_training_goes_on_through_a_validation() -> None:
+    with LiveView() as view:
+        view.step_finished(report(3))
+        (training,) = view._progress.tasks
+        view.stage_progress(1, 4, "rows")
+        assert [task.description for task in view._progress.tasks if task.visible] == ["validating"]
+        view.step_finished(report(4))
+        assert view._progress.tasks == [training] and training.visible and training.completed == 4
 
 
 def test_plain_lines_break_a_long_silence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +134,7 @@ def test_plain_lines_break_a_long_silence(capsys: pytest.CaptureFixture[str], mo
     with PlainView() as view:
         view.stage_started("loading the model")
         time.sleep(1.6)
-    assert "  loading the model: 1 s so far" in capsys.readouterr().err.splitlines()
+    assert re.search(r"^  loading the model: 1\.\d s so far$", capsys.readouterr().err, re.MULTILINE)
 
 
 @pytest.mark.parametrize("kind", [PlainView, LiveView])

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from laras.cli.options import ConfigArguments, JsonOption, print_json, split_arguments
-from laras.cli.view import duration, open_view
+from laras.cli.view import open_view
 from laras.errors import ExitCode
+from laras.formatting import duration, short, size
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
 
 _BAR_CHARS = 40
 _NO_COMPILER = "TORCHDYNAMO_DISABLE"  # read by torch.compile
-_GIB = 2**30
 _SHOWN = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "packing", "max_length",
     "load_in_4bit", "precision", "optim", "loss_kind", "attention", "backend", "lora_r", "lora_alpha", "use_rslora",
@@ -88,8 +88,10 @@ def show_plan(plan: TrainPlan) -> None:
     from rich.console import Console
 
     console = Console(highlight=False)
-    size = f"{plan.model.total_parameters / 1e9:.2f}B parameters"
-    console.print(f"{plan.model.source} ({plan.model.model_type}, {size}) on {plan.hardware.gpu_name}\n", markup=False)
+    parameters = f"{short(plan.model.total_parameters)} parameters"
+    console.print(
+        f"{plan.model.source} ({plan.model.model_type}, {parameters}) on {plan.hardware.gpu_name}\n", markup=False
+    )
     console.print(_choices_table(plan))
     _show_memory(console, plan)
     time = plan.time
@@ -139,7 +141,7 @@ def _alternatives_table(plan: TrainPlan) -> Table:
             str(other.per_device_train_batch_size),
             "on" if kind == "none" else kind,
             *("on" if flag else "off" for flag in (other.packing, other.load_in_4bit)),
-            _gib(other.train_peak_allocated_bytes),
+            size(other.train_peak_allocated_bytes),
             f"{other.tokens_per_s:,.0f}",
             "fits" if other.fits else "does not fit",
         )
@@ -152,15 +154,9 @@ def _show_memory(console: Console, plan: TrainPlan) -> None:
     console.print(f"\nmemory at the peak ({memory.peak_moment}; {memory.method})", markup=False)
     rows = [*memory.components.items(), ("total", memory.train_peak_allocated_bytes)]
     rows += [("reserved", memory.train_peak_reserved_bytes), ("evaluation", memory.eval_peak_allocated_bytes)]
-    for name, size in [*rows, ("may be used", memory.device_budget_bytes)]:
-        bar = "#" * min(_BAR_CHARS, round(_BAR_CHARS * size / largest))
-        console.print(f"  {name:<14} {bar:<{_BAR_CHARS}} {_gib(size):>10}", markup=False)
+    rows.append(("may be used", memory.device_budget_bytes))
+    lines = [(name, "#" * min(_BAR_CHARS, round(_BAR_CHARS * count / largest)), count) for name, count in rows]
     if memory.host_bytes:
-        console.print(
-            f"  {'main memory':<14} {'held beside it, pinned':<{_BAR_CHARS}} {_gib(memory.host_bytes):>10}",
-            markup=False,
-        )
-
-
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / _GIB:.2f} GiB"
+        lines.append(("main memory", "held beside it, pinned", memory.host_bytes))
+    for name, bar, count in lines:
+        console.print(f"  {name:<14} {bar:<{_BAR_CHARS}} {size(count):>10}", markup=False)

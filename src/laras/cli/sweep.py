@@ -145,7 +145,7 @@ def _show_trials(outcome: SweepOutcome, console: Console) -> None:
     """The table: a line a trial in the order they were tried, the best one marked by a word."""
     from rich.table import Table
 
-    from laras.sweeping.space import setting_text
+    from laras.formatting import setting
 
     record = outcome.record
     table = Table(title="Validation loss", title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0))
@@ -163,7 +163,7 @@ def _show_trials(outcome: SweepOutcome, console: Console) -> None:
             f"{trial.status}, best" if best else trial.status,
             "-" if trial.eval_loss is None else f"{trial.eval_loss:.4f}",
             "-" if trial.best_step is None else str(trial.best_step),
-            *(setting_text(trial.values.get(parameter.name)) for parameter in record.space),
+            *(setting(trial.values.get(parameter.name)) for parameter in record.space),
             style="bold" if best else None,
         )
     console.print(table)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from laras.cli.options import ConfigArguments, JsonOption, RunArgument, print_json, read_config
-from laras.cli.view import duration, open_view, size
+from laras.cli.view import open_view
+from laras.formatting import duration, size
 from laras.ranks import goes_on_alone
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
+from laras.formatting import duration, size
 from laras.progress import Observer, StepReport, ValidationReport
 
 if TYPE_CHECKING:
@@ -70,11 +71,11 @@ class View(Observer):
         if report.is_best:
             verdict = "new best"
         elif report.patience is None:
-            verdict = "no improvement"
+            verdict = "no gain"
         else:
-            verdict = f"no improvement ({report.evaluations_without_improvement}/{report.patience})"
-        self.line(
-            f"step {report.step:>5}  validation loss {report.loss:.4f}  perplexity {report.perplexity:8.3f}  "
+            verdict = f"no gain ({report.evaluations_without_improvement}/{report.patience})"
+        self.line(  # in 80 columns
+            f"step {report.step:>5}  val. loss {report.loss:.4f}  perplexity {report.perplexity:7.2f}  "
             f"accuracy {report.token_accuracy:6.1%}  {verdict}",
             "bold" if report.is_best else None,
         )
@@ -168,7 +169,8 @@ class LiveView(View):
             transient=True,
             expand=True,
         )
-        self._task: TaskID | None = None
+        self._task: TaskID | None = None  # the one that is shown
+        self._training: TaskID | None = None  # hidden while a validation is shown, so that its clock goes on
 
     def __enter__(self) -> Self:
         super().__enter__()
@@ -191,8 +193,9 @@ class LiveView(View):
 
     def stage_progress(self, done: int, total: int | None, unit: str) -> None:
         """See `Observer`."""
-        if self._progress.tasks and self._progress.tasks[-1].description == "training":
-            self._begin("validating", total)
+        if self._task is not None and self._task == self._training:
+            self._progress.update(self._training, visible=False)
+            self._task = self._progress.add_task("validating", total=total, numbers="")
         if self._task is not None:
             of = f" of {total:,}" if total else ""
             self._progress.update(self._task, completed=done, total=total, numbers=f"{done:,}{of} {unit}")
@@ -200,53 +203,42 @@ class LiveView(View):
     def training_started(self, plan: TrainPlan, first_step: int) -> None:
         """See `Observer`."""
         super().training_started(plan, first_step)
-        self._begin("training", plan.total_steps, first_step)
+        self._training = self._begin("training", plan.total_steps, first_step)
 
     def step_finished(self, report: StepReport) -> None:
         """See `Observer`."""
-        if self._progress.tasks and self._progress.tasks[-1].description != "training":
-            self._begin("training", report.total_steps, report.step)  # after a validation
-        if self._task is not None:
-            self._progress.update(
-                self._task,
-                completed=report.step,
-                total=report.total_steps,
-                numbers=f"{report.step}/{report.total_steps}  {_numbers(report)}",
-            )
+        if self._training is None:
+            self._training = self._begin("training", report.total_steps, report.step)
+        if self._task is not None and self._task != self._training:
+            self._progress.remove_task(self._task)  # a validation, which is over
+        self._task = self._training
+        self._progress.update(
+            self._training,
+            visible=True,
+            completed=report.step,
+            total=report.total_steps,
+            numbers=f"{report.step}/{report.total_steps}  {_numbers(report)}",
+        )
 
     def training_finished(self, status: str) -> None:
         """See `Observer`."""
         self._clear()
         super().training_finished(status)
 
-    def _begin(self, name: str, total: int | None = None, done: int = 0) -> None:
+    def _begin(self, name: str, total: int | None = None, done: int = 0) -> TaskID:
         self._clear()
         self._task = self._progress.add_task(name, total=total, completed=done, numbers="")
+        return self._task
 
     def _clear(self) -> None:
         for task in list(self._progress.task_ids):
             self._progress.remove_task(task)
-        self._task = None
+        self._task = self._training = None
 
 
 def open_view() -> View:
     """The live view in a terminal, plain lines elsewhere."""
     return LiveView() if sys.stderr.isatty() else PlainView()
-
-
-def duration(seconds: float) -> str:
-    """`42 s`, `3 min 10 s` or `2 h 05 min`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def size(size_bytes: float) -> str:
-    """`512 MiB` or `3.2 GiB`."""
-    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 2**30 else f"{size_bytes / 2**20:.0f} MiB"
 
 
 def _numbers(report: StepReport) -> str:

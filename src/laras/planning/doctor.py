@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 import platformdirs
 
+from laras.formatting import size
 from laras.planning.attention import DISTRIBUTIONS, has_kernel
 from laras.planning.backend import UNSLOTH_VERSION, is_installed, machine_refusals
 from laras.planning.catalogue import NATIVE_BF16_SINCE
@@ -25,7 +26,6 @@ Status = Literal["ok", "note", "problem"]
 _OLDEST_PYTHON = (3, 11)
 _DISK_BYTES = 20 * 2**30
 _HUB_HOST, _HUB_TIMEOUT_S = "huggingface.co", 1.0
-_GIB = 2**30
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _driver_and_gpus(cards: list[dict[str, Any]]) -> list[Finding]:
         findings[0] = Finding("driver", "problem", f"{cards[0]['driver']}, but torch {build} is for the CPU",
                               "install a CUDA build of torch (pytorch.org)")  # fmt: skip
     for card in cards:
-        found = f"{card['name']}, {card['free'] / _GIB:.1f} of {card['total'] / _GIB:.1f} GiB free"
+        found = f"{card['name']}, {size(card['free'])} of {size(card['total'])} free"
         busy = card["free"] < 0.8 * card["total"]
         advice = "other processes hold memory, which a plan leaves out; end them for a larger one" if busy else ""
         findings.append(Finding("gpu", "note" if busy else "ok", found, advice))
@@ -169,7 +169,7 @@ def _unsloth(cards: list[dict[str, Any]]) -> Finding:
 def _disk(name: str, folder: Path) -> Finding:
     place = next((one for one in (folder, *folder.parents) if one.exists()), Path.cwd())
     free = shutil.disk_usage(place).free
-    found = f"{free / _GIB:.0f} GiB free"
+    found = f"{size(free)} free"
     if not os.access(place, os.W_OK):
         return Finding(name, "problem", f"{found}, not writable", "choose a folder that can be written")
     if free < _DISK_BYTES:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from math import ceil
 
 from laras.config import RunConfig
+from laras.formatting import short, size
 from laras.planning.architecture import FAMILIES
 from laras.planning.backend import capability_of, choose_backend, layers_of
 from laras.planning.candidates import (
@@ -40,7 +41,6 @@ from laras.records import (
 
 # A row costs half as much to validate as to train on, with frozen weights; so much of a run may go to validation.
 _FORWARD_SHARE, _EVALUATION_SHARE = 0.5, 0.2
-_GIB = 2**30
 
 
 def plan_training(
@@ -91,7 +91,7 @@ def plan_training(
     if not best.fits:
         remedies = find_remedies(config, profile, manifest, spec, hardware)
         warnings.append(
-            f"needs {_gib(best.memory.train_peak_reserved_bytes)}, and {_gib(best.memory.device_budget_bytes)} may be "
+            f"needs {size(best.memory.train_peak_reserved_bytes)}, and {size(best.memory.device_budget_bytes)} may be "
             f"used on {hardware.gpu_name}"
         )
     return TrainPlan(
@@ -165,7 +165,7 @@ def _reasons(
     verdict = "the fastest that fits" if best.fits else "the smallest that the configuration allows"
     if best.fits and best.memory.host_bytes:
         verdict = "about the fastest that fits; a larger one takes more main memory"
-    size = f"{spec.total_parameters / 1e9:.2f}B parameters"
+    parameters = f"{short(spec.total_parameters)} parameters"
     padding = 1 - work.mean_tokens / max(1, work.expected_longest(case.micro_batch))
     refusal = packing_refusal(config, spec, hardware, precision, work)
     packing = f"off: {refusal}" if refusal else f"on: padding would be {padding:.0%} of the tokens"
@@ -173,7 +173,7 @@ def _reasons(
     four_bit = f"16-bit weights fit {hardware.gpu_name}" if precision != "fp32" else "unquantised weights fit"
     if case.weights == "nf4" and wide:
         least = min(one.memory.train_peak_reserved_bytes for one in wide)
-        four_bit = f"unquantised weights need at least {_gib(least)}"
+        four_bit = f"unquantised weights need at least {size(least)}"
         if least <= best.memory.device_budget_bytes:
             four_bit += ", and the allocator more than there is"
     return {
@@ -192,11 +192,13 @@ def _reasons(
         if config.loss_kind == "auto"
         else given,
         "attention": _attention_reason(config, best),
-        "lora_r": f"for {size}" if config.lora_r == "auto" else given,
+        "lora_r": f"for {parameters}" if config.lora_r == "auto" else given,
         "lora_alpha": "twice the rank" if config.lora_alpha == "auto" else given,
-        "use_rslora": f"from 3B on; {size}" if config.use_rslora == "auto" else given,
+        "use_rslora": f"from 3B on; {parameters}" if config.use_rslora == "auto" else given,
         "target_modules": "every linear layer but the head" if config.lora_target_modules == "auto" else given,
-        "learning_rate": ("full fine-tuning" if case.full else "LoRA") if config.learning_rate == "auto" else given,
+        "learning_rate": f"the default of {'full fine-tuning' if case.full else 'LoRA'}"
+        if config.learning_rate == "auto"
+        else given,
         "eval_steps": "a tenth of the run, at most 100 steps, unless validating would then cost a fifth of it"
         if config.eval_steps == "auto"
         else given,
@@ -218,13 +220,13 @@ def _checkpointing_reason(
     if kind == "offload":
         whole = [one for one in alike if one.case.checkpoint_kind == "full"]
         said.append(_why_not(whole, best, "with inputs of layers on the card", "copying them"))
-        said.append(f"{_gib(best.memory.host_bytes)} of main memory hold the inputs")
+        said.append(f"{size(best.memory.host_bytes)} of main memory hold the inputs")
     elif kind == "full" and case.fused and hardware.kind == "cuda":
         element = 4 if case.precision == "fp32" else 2
         needed = offloaded_bytes(spec, case.micro_batch * case.length_tokens, element)
         room = host_budget_bytes(hardware)
         if needed > room:
-            said.append(f"their inputs would need {_gib(needed)} of main memory, of which {_gib(room)} may be taken")
+            said.append(f"their inputs would need {size(needed)} of main memory, of which {size(room)} may be taken")
     return f"on ({kind}): {'; '.join(said)}"
 
 
@@ -235,7 +237,7 @@ def _why_not(others: list[Candidate], best: Candidate, words: str, cost: str) ->
     if fitting:
         return f"larger micro-batches gain more than {cost} costs"
     least = min((one.memory.train_peak_reserved_bytes for one in others), default=0)
-    return f"{words} at least {_gib(least)} are needed"
+    return f"{words} at least {size(least)} are needed"
 
 
 def _optim_reason(config: RunConfig, hardware: HardwareSpec, best: Candidate) -> str:
@@ -267,7 +269,3 @@ def _alternative(candidate: Candidate) -> Alternative:
         fits=candidate.fits,
         checkpoint_kind=case.checkpoint_kind,
     )
-
-
-def _gib(size_bytes: float) -> str:
-    return f"{size_bytes / _GIB:.1f} GiB"

@@ -7,6 +7,7 @@ from typing import Any
 
 from laras.config import RunConfig
 from laras.errors import LarasError
+from laras.formatting import size
 from laras.planning.candidates import HOST_SHARE, candidates, has_bitsandbytes, host_budget_bytes
 from laras.planning.catalogue import CATALOGUE
 from laras.planning.precision import choose_precision
@@ -16,7 +17,6 @@ from laras.records import DatasetProfile, HardwareSpec, MemoryEstimate, ModelSpe
 _SHORTEST_TOKENS = 128
 # Cards that many people can rent or own, by rising memory; others of the catalogue are as good.
 _COMMON = ("T4", "L4", "RTX 5090", "A100 40GB", "L40S", "H100", "H200", "B200")
-_GIB = 2**30
 # A proposal keeps this share of the budget free, since it rests on the closed form.
 _MARGIN = 0.05
 
@@ -51,8 +51,8 @@ def find_remedies(
     roomy = fitting(config, hardware.model_copy(update={"host_available_bytes": None}))
     needs = [one.host_bytes for one in roomy if one.host_bytes > host_budget_bytes(hardware)]
     if needs:
-        free = (hardware.host_available_bytes or 0) / _GIB
-        found.append(f"{min(needs) / HOST_SHARE / _GIB:.1f} GiB of free main memory instead of {free:.1f} GiB fits")
+        free = size(hardware.host_available_bytes or 0)
+        found.append(f"{size(min(needs) / HOST_SHARE)} of free main memory instead of {free} fits")
     for text, changes in _changes(config, hardware):
         if fits(config.model_copy(update=changes), hardware):
             found.append(f"{text} fits")

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter
 
+from laras.formatting import GIB, interval, number, short, size
 from laras.records import EvalResult, RunEvent
 from laras.reporting.drawing import (
     BLUE,
@@ -17,6 +18,7 @@ from laras.reporting.drawing import (
     INK,
     MUTED,
     ORANGE,
+    PLAIN_TICKS,
     PURPLE,
     RED,
     SERIES_COLORS,
@@ -29,7 +31,6 @@ from laras.reporting.drawing import (
     new_figure,
     step_axis,
 )
-from laras.reporting.formatting import GIB, interval, number, short, size
 from laras.reporting.history import FloatArray, History, Series, envelope
 from laras.reporting.run_data import RunData
 
@@ -37,6 +38,7 @@ from laras.reporting.run_data import RunData
 _MAX_EVENT_MARKS = 40
 _LOG_RATIO = 30.0
 _MAX_MARKERS = 14
+_LEGEND_CHARS, _LEGEND_MARK_CHARS = 110, 9  # of a line, and what a mark and the space around it take of it
 # A planned value that is so many times the measured ones would press their curve flat.
 _LEVEL_SHOWN_UNTIL = 3.0
 _NOT_MEASURED = "memory/planned_peak_bytes"  # the plan, which is drawn as such
@@ -110,8 +112,9 @@ def optimization_chart(run: RunData) -> Drawing | None:
     for axis, (title, series, color) in zip(axes, panels, strict=True):
         _envelope_line(axis, series, color=color, label=title, dash="-")
         axis.set_title(title)
-        if title.startswith("learning"):  # without a common power of ten, which would take the title's place
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+        axis.margins(y=0.12)
+        if title.startswith("learning"):
+            axis.yaxis.set_major_formatter(PLAIN_TICKS)
         if title.startswith("tokens"):
             if run.plan is not None and run.plan.time.tokens_per_s > 0:
                 planned = run.plan.time.tokens_per_s
@@ -189,9 +192,10 @@ def comparison_chart(runs: Sequence[RunData], labels: Sequence[str], metric: str
     if not parts:
         return None
     axis.set_title(title)
+    axis.margins(y=0.1)
     _log_if_wide(axis)
     step_axis(axis)
-    figure.legend(loc="lower center", ncols=2)
+    figure.legend(loc="lower center", ncols=max(1, _LEGEND_CHARS // (_LEGEND_MARK_CHARS + max(map(len, labels)))))
     return finish(
         figure, f"compare-{metric.replace('_', '-')}", f"{title.capitalize()} of every run", ". ".join(parts) + "."
     )
@@ -200,14 +204,10 @@ def comparison_chart(runs: Sequence[RunData], labels: Sequence[str], metric: str
 def _memory_series(history: History) -> Iterator[tuple[str, Series]]:
     """Metrics `memory/…` in GiB; shares and counts are left out."""
     for name in sorted(history.series):
-        series, label = history.get(name), name.removeprefix("memory/")
-        if not name.startswith("memory/") or name == _NOT_MEASURED or not len(series):
-            continue
-        if label.endswith("_bytes"):
-            label = label.removesuffix("_bytes")
+        series = history.get(name)
+        if name.startswith("memory/") and name.endswith("_bytes") and name != _NOT_MEASURED and len(series):
+            label = name.removeprefix("memory/").removesuffix("_bytes")
             yield _MEMORY_NAMES.get(label, label.replace("_", " ")), Series(series.step, series.value / GIB)
-        elif label.endswith("_gib"):
-            yield label.removesuffix("_gib").replace("_", " "), series
 
 
 def _from_zero(axis: Axes) -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from laras.formatting import number
 from laras.records import LengthStats, SplitManifest
 from laras.reporting.drawing import INK, RED, SERIES_COLORS, Drawing, finish, new_figure, step_axis
-from laras.reporting.formatting import number
 
 # A cap that lies farther away than so many times the longest example would press the lengths together.
 _CAP_SHOWN_UNTIL = 2.0

@@ -66,7 +66,10 @@ _STYLE: dict[Any, Any] = {
 }
 # Room for a title, between parts, and for a line of the legend.
 _TITLE_INCHES, _GAP_INCHES, _LEGEND_LINE_INCHES = 0.26, 0.1, 0.24
-_WIDE_RATIO = 200  # ends of a logarithmic scale between which powers of ten alone are named
+# How many times the low end of a logarithmic scale the high end is, and what is named between powers of ten below that:
+# at least two values, and no more than stand beside each other in a third of the page.
+_LOG_NAMES: tuple[tuple[float, tuple[float, ...]], ...] = ((20, (1, 2, 5)), (200, (1, 3)), (math.inf, (1,)))
+_SMALLEST_DECIMAL = 1e-3  # what is smaller is written with a power of ten
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
 _HEX = re.compile(r"#[0-9a-fA-F]{6}\b")
 _FONT = re.compile(r"font-family:[^;]*;?|font-variant:[^;]*;?|font-stretch:[^;]*;?")
@@ -170,18 +173,30 @@ def step_axis(axes: Axes, label: str = "optimizer step") -> None:
     if math.floor(high) - math.ceil(low) < 1:  # one step alone; between whole numbers there is nothing to name
         step = round((low + high) / 2)
         axes.set_xlim(step - 1, step + 1)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
 def log_scale(axes: Axes, direction: Literal["x", "y"]) -> None:
-    """A logarithmic scale that names powers of ten, and in a narrow one 2 and 5 times them, as plain numbers."""
+    """A logarithmic scale that names powers of ten, and in a narrow one values between them."""
     (axes.set_xscale if direction == "x" else axes.set_yscale)("log")
     axis = axes.xaxis if direction == "x" else axes.yaxis
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < _WIDE_RATIO * low else (1,)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    names = next(names for ratio, names in _LOG_NAMES if high < ratio * low or ratio == math.inf)
+    axis.set_major_locator(LogLocator(subs=names))
+    axis.set_major_formatter(PLAIN_TICKS)
     axis.set_minor_formatter(NullFormatter())
+
+
+def _plain_tick(value: float, _: object = None) -> str:
+    if value and abs(value) < _SMALLEST_DECIMAL:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    return f"{value:.4g}"
+
+
+# `0.05`, `0.001`, `1.5e-4`, `5e-5`: without a common power of ten, which would take the title's place.
+PLAIN_TICKS = FuncFormatter(_plain_tick)
 
 
 def _rename_ids(root: ET.Element, name: str) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import yaml
 
 from laras import __version__
+from laras.formatting import interval, number, percent, plain
 from laras.models.builtin import HUB_ID
-from laras.reporting.formatting import interval, number, percent, plain
 from laras.reporting.run_data import RunData
 
 _LICENSES = {HUB_ID: "apache-2.0"}

@@ -11,11 +11,11 @@ from typing import Any
 from jinja2 import Environment as Templates
 from jinja2 import PackageLoader, StrictUndefined
 
-from laras import __version__
+from laras import __version__, formatting
 from laras.config_file import config_to_yaml
 from laras.errors import ConfigError, RunStateError
 from laras.record_base import write_atomically
-from laras.reporting import charts, data_charts, formatting
+from laras.reporting import charts, data_charts
 from laras.reporting.drawing import Drawing, drawing_style
 from laras.reporting.history import BUCKETS, Series
 from laras.reporting.run_data import RunData, load_run_data

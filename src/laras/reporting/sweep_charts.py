@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
+from laras.formatting import number, setting
 from laras.reporting.drawing import (
     BLUE,
     GREEN,
     INK,
     MUTED,
     ORANGE,
+    PLAIN_TICKS,
     RED,
     SURFACE,
     Drawing,
@@ -21,7 +23,6 @@ from laras.reporting.drawing import (
     new_figure,
     step_axis,
 )
-from laras.reporting.formatting import number
 from laras.reporting.sweep_data import SweepData
 from laras.sweep_record import Setting, SweepParameter, SweepTrial
 
@@ -92,7 +93,7 @@ def parameters_chart(sweep: SweepData) -> Drawing | None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     description = "Lowest validation loss against each searched key. "
     if sweep.best is not None:
-        best = ", ".join(f"{name} {_text(value)}" for name, value in sweep.best.values.items())
+        best = ", ".join(f"{name} {setting(value)}" for name, value in sweep.best.values.items())
         description += f"The best trial, ringed, has {best} and reached {number(sweep.best.eval_loss, 4)}."
     return finish(figure, "parameters", "Searched keys against validation loss", description)
 
@@ -162,7 +163,7 @@ def _ring(axis: Axes, place: float, loss: float) -> None:
 def _parameter(axis: Axes, parameter: SweepParameter, scored: Sequence[SweepTrial]) -> None:
     _scatter(axis, [(_place(parameter, trial.values[parameter.name]), trial) for trial in scored])
     if parameter.kind == "choice":
-        axis.set_xticks(range(len(parameter.choices)), [_text(choice) for choice in parameter.choices])
+        axis.set_xticks(range(len(parameter.choices)), [setting(choice) for choice in parameter.choices])
         axis.set_xlim(-0.5, len(parameter.choices) - 0.5)
         axis.grid(axis="x", visible=False)
         return
@@ -171,15 +172,11 @@ def _parameter(axis: Axes, parameter: SweepParameter, scored: Sequence[SweepTria
         return
     if parameter.kind == "int":
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
-    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.xaxis.set_major_formatter(PLAIN_TICKS)
 
 
 def _place(parameter: SweepParameter, value: Setting) -> float:
     return float(parameter.choices.index(value)) if parameter.kind == "choice" else float(value or 0)
-
-
-def _text(value: Setting) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value).lower()
 
 
 def _scale(axis: Axes, scored: Sequence[SweepTrial]) -> None:

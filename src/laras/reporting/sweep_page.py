@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from laras import __version__
-from laras.reporting import formatting, sweep_charts
+from laras import __version__, formatting
+from laras.reporting import sweep_charts
 from laras.reporting.drawing import Drawing
 from laras.reporting.sweep_data import SweepData, load_sweep_data
-from laras.sweep_record import TRIALS_FOLDER, Setting, SweepParameter, SweepTrial
+from laras.sweep_record import TRIALS_FOLDER, SweepParameter, SweepTrial
 
 
 def sweep_page(sweep_dir: Path, *, links: bool) -> dict[str, Any]:
@@ -63,24 +63,17 @@ def verdict(sweep: SweepData) -> tuple[str, str]:
 def values_tried(parameter: SweepParameter) -> str:
     """A range or the choices, in words."""
     if parameter.kind == "choice":
-        return ", ".join(setting(choice) for choice in parameter.choices)
-    words = f"{setting(parameter.low)} to {setting(parameter.high)}"
+        return ", ".join(formatting.setting(choice) for choice in parameter.choices)
+    words = f"{formatting.setting(parameter.low)} to {formatting.setting(parameter.high)}"
     words += ", whole numbers" if parameter.kind == "int" else ""
     return words + (", logarithmic" if parameter.log else "")
-
-
-def setting(value: Setting) -> str:
-    """A value as a person reads it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:.4g}" if isinstance(value, float) else formatting.DASH if value is None else str(value)
 
 
 def _row(sweep: SweepData, trial: SweepTrial, links: bool) -> dict[str, Any]:
     page = f"{TRIALS_FOLDER}/{trial.number:03d}/report.html"
     return {
         "trial": trial,
-        "values": [setting(trial.values.get(parameter.name)) for parameter in sweep.record.space],
+        "values": [formatting.setting(trial.values.get(parameter.name)) for parameter in sweep.record.space],
         "page": page if links and (sweep.path / page).is_file() else None,
         "is_best": trial.number == sweep.record.best,
         "is_final": trial.number == sweep.record.final,

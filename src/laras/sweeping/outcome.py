@@ -10,6 +10,7 @@ import yaml
 
 from laras.config import RunConfig
 from laras.errors import RunStateError
+from laras.formatting import setting
 from laras.record_base import write_atomically
 from laras.records import RunResult
 from laras.sweep_record import (
@@ -19,7 +20,7 @@ from laras.sweep_record import (
     TrialStatus,
     trial_dir,
 )
-from laras.sweeping.space import describe, setting_text
+from laras.sweeping.space import describe
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -111,7 +112,7 @@ def write_best_config(sweep_dir: Path, base: RunConfig, record: SweepRecord) -> 
 
 def values_text(trial: SweepTrial) -> str:
     """`learning_rate=0.0002 lora_r=16`."""
-    return " ".join(f"{name}={setting_text(value)}" for name, value in trial.values.items())
+    return " ".join(f"{name}={setting(value)}" for name, value in trial.values.items())
 
 
 def outcome_json(outcome: SweepOutcome) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import Any
 from laras.config import RunConfig
 from laras.config_file import ALIASES, load_config
 from laras.errors import ConfigError
+from laras.formatting import setting
 from laras.records import PlanChoices
 from laras.sweep_record import Setting, SweepParameter
 from laras.yaml_text import parse_yaml
@@ -122,18 +123,9 @@ def combinations(space: Sequence[SweepParameter]) -> int | None:
 def describe(parameter: SweepParameter) -> str:
     """The parameter as it is written on the command line."""
     if parameter.kind == "choice":
-        return f"{parameter.name}={','.join(setting_text(choice) for choice in parameter.choices)}"
-    ends = f"{setting_text(parameter.low)}..{setting_text(parameter.high)}"
+        return f"{parameter.name}={','.join(setting(choice) for choice in parameter.choices)}"
+    ends = f"{setting(parameter.low)}..{setting(parameter.high)}"
     return f"{parameter.name}={ends}{':log' * parameter.log}"
-
-
-def setting_text(value: Setting) -> str:
-    """A value as a person writes it: `0.0002`, `true`, `16`."""
-    if isinstance(value, bool) or value is None:
-        return {True: "true", False: "false", None: "null"}[value]
-    if isinstance(value, float):
-        return f"{value:.1f}" if value.is_integer() and abs(value) < 1e4 else f"{value:.4g}"
-    return str(value)
 
 
 def _named(search: Search, problems: list[str]) -> Iterator[tuple[str, str | Sequence[Any]]]:
@@ -226,6 +218,6 @@ def _combination_problems(space: Sequence[SweepParameter], config: RunConfig) ->
         try:
             with_values(config, point)
         except ConfigError as error:
-            shown = " ".join(f"{name}={setting_text(value)}" for name, value in point.items())
+            shown = " ".join(f"{name}={setting(value)}" for name, value in point.items())
             found |= {f"{shown}: {line}": None for line in error.problems}
     return list(found)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from laras.formatting import size
 from laras.training.oom import device_random_state, restore_device_random_state
 from laras.training.state import random_states, restore_random_states
 
@@ -17,7 +18,7 @@ class Rehearsal:
     """Peak memory of a rehearsal beside the plan's.
 
     Attributes:
-        peak_bytes: Of forward and backward, with the optimizer's state, which is not there yet, added as planned.
+        peak_bytes: Of forward and backward beside the optimizer's states.
         planned_bytes: Of the plan.
     """
 
@@ -34,19 +35,16 @@ class Rehearsal:
         return {"memory/rehearsal_peak_bytes": self.peak_bytes, "memory/rehearsal_over_plan": self.difference}
 
     def __str__(self) -> str:
-        return (
-            f"peak {self.peak_bytes / 1e9:.2f} GB, planned {self.planned_bytes / 1e9:.2f} GB ({self.difference:+.1%})"
-        )
+        return f"peak {size(self.peak_bytes)}, planned {size(self.planned_bytes)} ({self.difference:+.1%})"
 
 
 def rehearse(
     model: nn.Module,
     device: torch.device,
-    steps: tuple[Callable[[], object], ...],
+    steps: Sequence[Callable[[], object]],
     *,
     peak_bytes: Callable[[], int],
     planned_bytes: int,
-    later_bytes: int,
 ) -> Rehearsal:
     """Runs `steps` and leaves weights, gradients and random states as they were.
 
@@ -56,7 +54,6 @@ def rehearse(
         steps: The training step on the largest micro-batch, the evaluation of the largest batch.
         peak_bytes: Measures the peak.
         planned_bytes: Predicted peak.
-        later_bytes: What only the first optimizer step will allocate.
     """
     states, device_state = random_states(), device_random_state(device)
     if device.type == "cuda":
@@ -64,7 +61,7 @@ def rehearse(
     try:
         for step in steps:
             step()
-        measured = peak_bytes() + later_bytes
+        measured = peak_bytes()
     finally:
         model.zero_grad(set_to_none=True)
         restore_random_states(states)
