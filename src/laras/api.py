@@ -122,10 +122,14 @@ def export(
     *,
     output: str | Path | None = None,
     quantization: Quantization = "f16",
+    push: str | None = None,
     observer: Observer | None = None,
 ) -> Export:
-    """Writes the tuned model for other tools, checked by reloading. See `laras.reporting.export.export_run`."""
+    """Writes the tuned model for other tools, checked by reloading; nothing is sent anywhere without `push`.
+
+    See `laras.reporting.export.export_run`.
+    """
     from laras.reporting.export import export_run
 
     folder = Path(output) if output is not None else None
-    return export_run(run_dir, format, output=folder, quantization=quantization, observer=observer)
+    return export_run(run_dir, format, output=folder, quantization=quantization, push=push, observer=observer)

@@ -58,6 +58,7 @@ def export_command(
                 "max_logit_difference": done.max_logit_difference,
                 "tolerance": done.tolerance,
                 "compared_with": done.compared_with,
+                "rounding_logit_difference": done.rounding_logit_difference,
                 "url": done.url,
             }
         )
@@ -68,4 +69,9 @@ def export_command(
             f"(tolerance {done.tolerance:.3g})",
             err=True,
         )
+    moved = done.rounding_logit_difference
+    if moved is not None:
+        typer.echo(f"rounding the weights to {quantization.value} moves a logit by at most {moved:.3g}", err=True)
     typer.echo(str(done.path))
+    if done.url is not None:
+        typer.echo(f"pushed to {done.url}", err=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +17,12 @@ from laras.config import BUILTIN_MODEL
 from laras.data.store import read_tokens
 from laras.errors import CheckpointError, ConfigError, LarasError, RunStateError
 from laras.models.builtin import HUB_ID
+from laras.models.finished import require_final
 from laras.models.loader import load_model, load_model_config
 from laras.progress import Observer
 from laras.records import Precision
 from laras.reporting.gguf_file import (
     Quantization,
-    has_experts,
     is_described_whole,
     require_family,
     round_as_stored,
@@ -31,19 +31,20 @@ from laras.reporting.gguf_file import (
 from laras.reporting.gguf_reading import READ_HERE, read_gguf
 from laras.reporting.model_card import model_card
 from laras.reporting.run_data import RunData, load_run_data
+from laras.whole_folder import MANIFEST_NAME
 
 Format = Literal["adapter", "merged", "gguf", "ollama"]
 GGUF_NAME = "model.gguf"
 ADAPTER_MODEL, ROUNDED_MODEL = "the adapter model", "the model with its weights rounded as stored"
 # Greatest difference allowed between the logits of two forms of one model, as a share of the greatest logit: rounding
-# of the stored weights (8, 11 and 24 bits of mantissa; 8-bit blocks) and of the arithmetic.
-_TOLERANCES: dict[str, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 6e-2, "f16": 1e-2, "q8_0": 6e-2}
+# of the stored weights (8, 11 and 24 bits of mantissa) and of the arithmetic.
+_TOLERANCES: dict[Precision, float] = {"fp32": 1e-4, "fp16": 1e-2, "bf16": 6e-2}
 _PRECISIONS: dict[torch.dtype, Precision] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _PROBE_ROWS, _PROBE_TOKENS = 4, 64
 _OLLAMA_CONTEXT = 4096  # tokens that are kept of a conversation, where the model can take so many
 _PROBE_TEXT = "The quick brown fox jumps over the lazy dog. 1 + 1 = 2."
 # Files of `final/` that belong to the run and not to the model.
-_NOT_EXPORTED = ("manifest.json", "training_args.bin", "README.md")
+_NOT_EXPORTED = (MANIFEST_NAME, "training_args.bin", "README.md")
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,8 @@ class Export:
         tolerance: What it was allowed to be.
         url: Where it was pushed to.
         compared_with: Whose logits they are compared with.
+        rounding_logit_difference: How far a logit is from the adapter model's because GGUF stores rounded weights; None
+            for other formats.
     """
 
     path: Path
@@ -65,6 +68,7 @@ class Export:
     tolerance: float | None
     url: str | None = None
     compared_with: str = ADAPTER_MODEL
+    rounding_logit_difference: float | None = None
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class _Check:
     difference: float | None = None
     tolerance: float | None = None
     reference: str = ADAPTER_MODEL
+    rounding: float | None = None
 
 
 def export_run(
@@ -99,11 +104,14 @@ def export_run(
     Raises:
         RunStateError: The run has not finished, or the folder exists.
         CheckpointError: The result does not compute what the adapter computes; nothing is left behind.
-        ConfigError: The model has no adapter, or its family is not written as GGUF.
+        ConfigError: The model has no adapter, its family is not written as GGUF, or `push` is no name of a repository
+            or nobody is logged in.
     """
     observer = observer or Observer()
     run = load_run_data(Path(run_dir))
     _require_finished(run)
+    if push is not None:
+        _require_pushable(push)
     target = output or run.path / "export" / (format if format in ("adapter", "merged") else f"{format}-{quantization}")
     if target.exists():
         raise RunStateError(f"{target} exists already", hint="name another folder with --output, or remove it")
@@ -120,7 +128,7 @@ def export_run(
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     url = _push(target, push, observer) if push is not None else None
-    return Export(target, format, check.difference, check.tolerance, url, check.reference)
+    return Export(target, format, check.difference, check.tolerance, url, check.reference, check.rounding)
 
 
 def base_id(run: RunData) -> str:
@@ -136,6 +144,7 @@ def _require_finished(run: RunData) -> None:
             f"{run.path} has not finished (status: {run.status}); there is nothing to export",
             hint=f"finish it with `laras resume {run.path}`",
         )
+    require_final(run.path / "final")
 
 
 def _write(run: RunData, format: Format, folder: Path, quantization: Quantization, observer: Observer) -> _Check:
@@ -163,23 +172,24 @@ def _write(run: RunData, format: Format, folder: Path, quantization: Quantizatio
         del model
         return _verify(load_model(str(folder), precision=precision), probe, expected_TV, precision)
     require_family(model.config)
+    if reference_TV is not None:
+        _compare(_logits(model, probe), reference_TV, _PRECISIONS[model.dtype])
     observer.stage_started("writing the GGUF file")
     write_gguf(model, tokenizer, folder / GGUF_NAME, quantization, run.name)
+    config: Any = model.config
     if format == "ollama":
-        config: Any = model.config
         text = modelfile(tokenizer, run.plan.choices.max_length, config.max_position_embeddings)
         (folder / "Modelfile").write_text(text, encoding="utf-8")
     observer.stage_started("checking the result")
-    if has_experts(model.config):  # any rounding may change which experts are chosen, and so the logits by any amount
-        model.float()  # type: ignore[no-untyped-call]
-        round_as_stored(model, quantization)
-        return _verify(_load_gguf(folder, model), probe, _logits(model, probe), "fp32", ROUNDED_MODEL)
-    return _verify(_load_gguf(folder, model), probe, expected_TV, quantization)
+    model.float()  # type: ignore[no-untyped-call]
+    round_as_stored(model, quantization)
+    rounded_TV = _logits(model, probe)
+    del model  # before the file is read into another one
+    check = _verify(_load_gguf(folder, config), probe, rounded_TV, "fp32", ROUNDED_MODEL)
+    return replace(check, rounding=float((rounded_TV - expected_TV).abs().max()))
 
 
 def _copy_files(source: Path, folder: Path) -> None:
-    if not source.is_dir():
-        raise CheckpointError(f"{source} is missing", hint="restore the folder, or finish the run with `laras resume`")
     for path in sorted(source.iterdir()):
         if path.is_file() and path.name not in _NOT_EXPORTED:
             shutil.copyfile(path, folder / path.name)
@@ -189,10 +199,7 @@ def _copy_adapter(run: RunData, final: Path, folder: Path) -> None:
     """The adapter as trained, its base named as others can load it instead of by a path of this machine's cache."""
     _copy_files(final, folder)
     config_path = folder / "adapter_config.json"
-    try:
-        config = json.loads(config_path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{final / 'adapter_config.json'} cannot be read: {error}", hint="restore it") from None
+    config = json.loads(config_path.read_text(encoding="utf-8"))
     assert run.config is not None
     config["base_model_name_or_path"], config["revision"] = base_id(run), run.config.model_revision
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
@@ -244,10 +251,15 @@ def _verify(
     model: Any,
     probe: list[list[int]],
     expected_TV: torch.Tensor,
-    precision: Precision | Quantization,
+    precision: Precision,
     reference: str = ADAPTER_MODEL,
 ) -> _Check:
-    found_TV = _logits(model.eval(), probe)
+    return _compare(_logits(model.eval(), probe), expected_TV, precision, reference)
+
+
+def _compare(
+    found_TV: torch.Tensor, expected_TV: torch.Tensor, precision: Precision, reference: str = ADAPTER_MODEL
+) -> _Check:
     tolerance = _TOLERANCES[precision] * max(1.0, float(expected_TV.abs().max()))
     difference = float((found_TV - expected_TV).abs().max()) if found_TV.shape == expected_TV.shape else float("inf")
     if not difference <= tolerance:
@@ -259,16 +271,16 @@ def _verify(
     return _Check(difference, tolerance, reference)
 
 
-def _load_gguf(folder: Path, model: PreTrainedModel) -> PreTrainedModel:
+def _load_gguf(folder: Path, model_config: Any) -> PreTrainedModel:
     """The file as transformers reads it; what its reader does not look for in the file is given to it.
 
     A family that transformers' reader does not know is read here, from nothing but the file.
     """
-    if model.config.model_type in READ_HERE:
+    if model_config.model_type in READ_HERE:
         return read_gguf(folder / GGUF_NAME)
-    config: Any = None if is_described_whole(model.config) else model.config
+    given = {} if is_described_whole(model_config) else {"config": model_config}
     loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=GGUF_NAME, dtype=torch.float32, **({"config": config} if config is not None else {})
+        folder, gguf_file=GGUF_NAME, dtype=torch.float32, **given
     )
     return loaded
 
@@ -320,17 +332,34 @@ def _rendered(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]]) -
         return None
 
 
+def _require_pushable(repository: str) -> None:
+    """Refuses what cannot be pushed before minutes of work, not after them."""
+    from huggingface_hub import get_token
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(repository)
+    except HFValidationError as error:
+        raise ConfigError(f"--push {repository!r:.100}: {error}", hint="a repository is named OWNER/NAME") from None
+    if get_token() is None:
+        raise ConfigError(
+            f"nobody is logged in to the Hub, so nothing can be pushed to {repository}",
+            hint="log in with `hf auth login`",
+        )
+
+
 def _push(folder: Path, repository: str, observer: Observer) -> str:
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError
 
     observer.stage_started(f"uploading to {repository}")
     upload: Callable[[], Any] = lambda: HfApi().upload_folder(repo_id=repository, folder_path=folder)  # noqa: E731
     try:
         HfApi().create_repo(repository, private=True, exist_ok=True)
         return str(upload())
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    except (HfHubHTTPError, OSError) as error:
         raise LarasError(
             f"{folder} is complete, but cannot be pushed to {repository}: {str(error).splitlines()[0]}",
-            hint="log in with `hf auth login`, check the name, and push again from that folder with `hf upload`",
+            hint="check the name and your rights, and push that folder with `hf upload`",
         ) from None
