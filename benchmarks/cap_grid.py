@@ -1,7 +1,7 @@
 """The chosen plan against an exhaustive search over the same grid, under memory caps.
 
     python benchmarks/cap_grid.py plan       # CPU: results/cap_grid_plans.jsonl, and cap_grid_predicted.jsonl
-    python benchmarks/cap_grid.py measure    # one GPU of 80 GB, random weights: results/cap_grid_measured.jsonl
+    python benchmarks/cap_grid.py measure    # a GPU of 80 GB or more, random weights: results/cap_grid_measured.jsonl
     python benchmarks/cap_grid.py report     # joins them: results/cap_grid.md
 
 Caps of 15, 22, 40 and 79 GiB (`torch.cuda.set_per_process_memory_fraction`) x a 1.5B and an 8B shape x LoRA and QLoRA.
@@ -11,7 +11,8 @@ candidate takes does not depend on the cap unless memory is short, so all are ti
 candidates run from the fastest down until one does not run out of memory, each with the evaluation batch that the
 planner would give it there. That one is the best of the cell. `measure` goes on where it stopped: rows that are there
 are not measured again. Each model has a process of its own, and every setting makes its own optimizer states, as a run
-does: what is taken in segments that an earlier setting left would keep those from being returned.
+does: what is taken in segments that an earlier setting left would keep those from being returned. For the folder of a
+card see `memory.py`.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from memory import MIB, MODELS, RESULTS, measuring_base, optimizer_of, packed_or_padded
+from memory import MIB, MODELS, card, measuring_base, optimizer_of, packed_or_padded, results_of
 
 GIB = 2**30
 CAPS_GIB = (15, 22, 40, 79)
 MODELS_OF_GRID = ("qwen2.5-1.5b", "llama-3.1-8b")
 MAX_LENGTH, EFFECTIVE = 1024, 16
 TIMED_STEPS = 2
+_GRACE_S = 30  # a subject looks at the clock between settings
 
 
 @dataclass(frozen=True)
@@ -95,15 +97,14 @@ def config_of(subject: Subject, folder: str, length: int = MAX_LENGTH) -> Any:
 
 
 def capped(gpu: str, cap_gib: float) -> Any:
-    """The card whose allocator may take so much."""
-    from laras.planning.catalogue import find_gpu
+    """The card whose allocator may take so much; for its name see `memory.card`."""
     from laras.planning.memory import context_bytes
 
-    card = find_gpu(gpu).to_hardware()
-    return card.model_copy(update={"total_bytes": int(cap_gib * GIB) + context_bytes(card)})
+    hardware = card(gpu).to_hardware()
+    return hardware.model_copy(update={"total_bytes": int(cap_gib * GIB) + context_bytes(hardware)})
 
 
-def plan_row(subject: Subject, cap_gib: float, gpu: str = "h100", length: int = MAX_LENGTH) -> dict[str, Any]:
+def plan_row(subject: Subject, cap_gib: float, gpu: str = "", length: int = MAX_LENGTH) -> dict[str, Any]:
     """The plan of a cell, as the product makes it."""
     from laras.models.simulation import trace_step
     from laras.planning.architecture import model_spec_from_config
@@ -136,7 +137,7 @@ def grid_of(subject: Subject, cap_gib: float = CAPS_GIB[-1], length: int = MAX_L
     spec = model_spec_from_config(MODELS[subject.model], subject.model)
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(subject, folder, length)
-        found = candidates(config, spec, capped("h100", cap_gib), "bf16", workload(config, None, None, spec))
+        found = candidates(config, spec, capped("", cap_gib), "bf16", workload(config, None, None, spec))
     grid: dict[Setting, int] = {}
     for one in found:
         setting = Setting(one.case.micro_batch, one.accumulation, one.case.checkpoint_kind)
@@ -144,7 +145,7 @@ def grid_of(subject: Subject, cap_gib: float = CAPS_GIB[-1], length: int = MAX_L
     return grid
 
 
-def predicted_rows(subject: Subject, gpu: str = "h100", length: int = MAX_LENGTH) -> Iterator[dict[str, Any]]:
+def predicted_rows(subject: Subject, gpu: str = "", length: int = MAX_LENGTH) -> Iterator[dict[str, Any]]:
     """Predicted memory of every setting, with the documents that are measured."""
     from laras.models.simulation import trace_step
     from laras.planning.architecture import model_spec_from_config
@@ -303,15 +304,20 @@ def lacks_its_plans(subject: Subject, plans: dict[str, dict[str, Any]], done: di
 
 def measure(options: argparse.Namespace, plans: Path, out: Path) -> bool:
     """Whether everything is measured now; every subject in a process of its own, first those whose plans are open."""
-    began = time.monotonic()
+    ends_at, is_whole = time.monotonic() + options.budget_s, True
     for subject in sorted(subjects(), key=lambda one: not lacks_its_plans(one, rows_of(plans), rows_of(out))):
         if options.only not in subject.key or not is_missing(subject, rows_of(plans), rows_of(out)):
             continue
-        left_s = options.budget_s - (time.monotonic() - began)
-        arguments = ["--only", subject.key, "--budget-s", str(left_s), "--results", str(options.results), "--here"]
-        if left_s <= 0 or subprocess.run([sys.executable, __file__, "measure", *arguments], check=False).returncode:
+        left_s = ends_at - time.monotonic()
+        if left_s <= 0:
             return False
-    return True
+        command = [sys.executable, __file__, "measure", "--here", "--only", subject.key]
+        command += ["--budget-s", str(left_s), "--results", str(options.results)]
+        try:
+            is_whole &= subprocess.run(command, check=False, timeout=left_s + _GRACE_S).returncode == 0
+        except subprocess.TimeoutExpired:
+            return False
+    return is_whole
 
 
 def measure_here(subject: Subject, plans: Path, out: Path, budget_s: float) -> bool:
@@ -334,16 +340,19 @@ def main() -> int:
     parser.add_argument("mode", choices=["plan", "measure", "report"])
     parser.add_argument("--only", default="")
     parser.add_argument("--budget-s", type=float, default=700)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--gpu", default="", help="card of the files; without it the one here, or an H100")
+    parser.add_argument("--results", type=Path, help="another folder")
     parser.add_argument("--here", action="store_true", help="one subject, in this process")
     options = parser.parse_args()
+    options.results = options.results or results_of(card(options.gpu))
+    options.results.mkdir(parents=True, exist_ok=True)
     plans, measured, predicted = (
         options.results / f"cap_grid_{name}.jsonl" for name in ("plans", "measured", "predicted")
     )
     if options.mode == "plan":
-        rows = [plan_row(subject, cap) for subject in subjects() for cap in CAPS_GIB]
+        rows = [plan_row(subject, cap, options.gpu) for subject in subjects() for cap in CAPS_GIB]
         plans.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        rows = [row for subject in subjects() for row in predicted_rows(subject)]
+        rows = [row for subject in subjects() for row in predicted_rows(subject, options.gpu)]
         predicted.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return 0
     if options.mode == "measure" and options.here:

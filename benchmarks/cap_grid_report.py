@@ -97,7 +97,9 @@ def report(plans: Rows, found: Rows, predicted: Rows, out: Path) -> None:
     errors, again = errors_of(found, predicted), timed_again(found)
     sizes = [abs(error) for error in errors.values()]
     lines = ["# Plans under memory caps", "", "Made by `python benchmarks/cap_grid.py report`.", ""]
-    lines += [*table(plans, found), "", TEXT, ""]
+    lines += [*table(plans, found), ""]
+    if any(row["reserved_MiB"] is None for row in found.values()):
+        lines += [TEXT, ""]
     if errors and again:
         low, high = min(errors.values()), max(errors.values())
         lines += [

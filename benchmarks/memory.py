@@ -13,6 +13,9 @@ and a digest of the code that made them, and are never written again.
 With --today the cases are measured on the layers as they are now, fused ones first: `memory_today_measured.jsonl`, which
 `report` has a table of.
 
+Files of an H100 lie in `results`, those of another card in a folder of its name there (`--gpu h200`; `measure` takes the
+card that it finds): what was measured on two cards is never in one file.
+
 A case is one optimizer step of the product's own path (`models.build`, `models.step`), repeated, then one evaluation
 batch. Needs no trl and no datasets. `measure` stops at --budget-s; cases are ordered so that every kind comes early.
 """
@@ -36,6 +39,23 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
+
+
+def card(name: str = "") -> Any:
+    """The card of the catalogue with that name; without one the card here, and the H100 where there is none."""
+    import torch
+
+    from laras.planning.catalogue import find_gpu, match_device_name
+
+    if name or not torch.cuda.is_available():
+        return find_gpu(name or "h100")
+    found = match_device_name(torch.cuda.get_device_name())
+    return found or sys.exit(f"the catalogue has no {torch.cuda.get_device_name()}")
+
+
+def results_of(gpu: Any) -> Path:
+    """Where the files of a card lie."""
+    return RESULTS if gpu.name == "H100" else RESULTS / gpu.name.lower().replace(" ", "_")
 
 
 def _decoder(model_type: str, architecture: str, hidden: int, layers: int, heads: int, **keys: Any) -> dict[str, Any]:
@@ -245,15 +265,14 @@ def _code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def predict(out: Path, only: str, found: list[Case]) -> None:
+def predict(out: Path, only: str, found: list[Case], gpu: str) -> None:
     from laras.models.simulation import trace_step
     from laras.planning.allocator import replay
     from laras.planning.architecture import model_spec_from_config
-    from laras.planning.catalogue import find_gpu
     from laras.planning.memory import MemoryCase, context_bytes, estimate_memory, workspace_bytes
     from laras.planning.throughput import estimate_step_s, recorded_step_s
 
-    hardware = find_gpu("h100").to_hardware()
+    hardware = card(gpu).to_hardware()
     workspace = workspace_bytes(hardware)
     with out.open("w") as file:
         made = {"event": "predicted", "at": datetime.now(UTC).isoformat(timespec="seconds"), "code": _code_digest()}
@@ -326,10 +345,9 @@ def golden(out: Path) -> None:
     """Writes what today's code predicts for some published cases; a test sees when that moves."""
     from laras.models.simulation import trace_step
     from laras.planning.architecture import model_spec_from_config
-    from laras.planning.catalogue import find_gpu
     from laras.planning.simulated import summary_of
 
-    hardware = find_gpu("h100").to_hardware()
+    hardware = card("h100").to_hardware()
     with out.open("w") as file:
         for case in cases()[::_GOLDEN_EVERY]:
             choices, spec = choices_of(case), model_spec_from_config(_shape(case), case.model)
@@ -349,21 +367,22 @@ def golden(out: Path) -> None:
 # ------------------------------------------------------------ measure
 
 
-def measure(out: Path, only: str, budget_s: float, found: list[Case]) -> None:
+def measure(out: Path, only: str, budget_s: float, found: list[Case]) -> bool:
+    """Whether every case was tried; those that failed before come last."""
     import torch
 
     started = time.monotonic()
     torch.empty(1, device="cuda")
-    done = _rows(out) if out.is_file() else {}
+    done = _rows(out)
     with out.open("a") as file:
         header = {"event": "start", "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
         print(json.dumps(header), file=file, flush=True)
-        for case in found:
+        for case in sorted(found, key=lambda case: case.key in done):
             if only not in case.key or "train_MiB" in done.get(case.key, {}):
                 continue
             if time.monotonic() - started > budget_s:
                 print("out of time; the next call goes on", flush=True)
-                break
+                return False
             row: dict[str, Any] = {"key": case.key}
             began = time.monotonic()
             try:
@@ -375,6 +394,9 @@ def measure(out: Path, only: str, budget_s: float, found: list[Case]) -> None:
             row["took_s"] = round(time.monotonic() - began, 2)
             print(json.dumps(row), file=file, flush=True)
             print(f"{case.key:50} {row.get('train_MiB', 0):10.1f} {row.get('micro_s', 0):8.4f} {row.get('error', '')[:150]}", flush=True)  # fmt: skip
+            if "CUDA error" in row.get("error", ""):  # no later call of this process would succeed
+                return False
+    return True
 
 
 def _random_base(_source: str, **keys: Any) -> Any:
@@ -579,7 +601,7 @@ TEXT_FUSED = [
 
 
 TEXT_TODAY = [
-    "## Measured again, on the layers as they are",
+    "## The layers as they are",
     "",
     "As far as it went (`memory.py --today measure`); the predictions are today's. Seeing these showed that evaluation,",
     "too, takes blocks that are not split where less than 1 MiB would be left: 6 to 8 MiB of 885.",
@@ -633,48 +655,50 @@ def _table(keys: list[str], plans: dict[str, dict[str, Any]], facts: dict[str, d
 
 def report(predicted: Path, measured: Path, out: Path) -> None:
     plans, facts = _rows(predicted), _rows(measured)
-    then = _rows(predicted.with_name("memory_predicted_fused.jsonl"))
+    then, now = (_rows(predicted.with_name(f"memory_{name}.jsonl")) for name in ("predicted_fused", "today_measured"))
     both = [key for key, fact in facts.items() if "train_MiB" in fact and "train_MiB" in plans.get(key, {})]
-    plain = [key for key in both if not facts[key]["fused"]]
-    fused = [key for key in both if facts[key]["fused"] and key in then]
-    now = _rows(measured.with_name("memory_today_measured.jsonl"))
-    today = [key for key, fact in now.items() if "train_MiB" in fact and "train_MiB" in plans.get(key, {})]
+    sections = (
+        (TEXT_PLAIN, [key for key in both if not facts[key]["fused"]], plans, facts),
+        (TEXT_FUSED, [key for key in both if facts[key]["fused"] and key in then], then, facts),
+        (
+            TEXT_TODAY,
+            [key for key, fact in now.items() if "train_MiB" in fact and "train_MiB" in plans.get(key, {})],
+            plans,
+            now,
+        ),
+    )
     lines = [
         "# Predicted against measured memory",
         "",
         "Made by `python benchmarks/memory.py report`. Errors are prediction / measurement - 1.",
         "",
         *_first_try(predicted.with_name("memory_predicted_before.jsonl"), facts),
-        *TEXT_PLAIN,
-        *_table(plain, plans, facts),
-        "",
-        *TEXT_FUSED,
-        *_table(fused, then, facts),
-        "",
-        *([*TEXT_TODAY, *_table(today, plans, now), ""] if today else []),
+        *(line for text, keys, *rows in sections if keys for line in (*text, *_table(keys, *rows), "")),
         "## Not measured",
         "",
-        *(f"- {key.replace('|', ': ')}: {fact.get('error', fact.get('skipped', ''))[:80]}" for key, fact in facts.items() if "train_MiB" not in fact),
+        *(f"- {key.replace('|', ': ')}: {fact.get('error', fact.get('skipped', ''))[:80]}" for key, fact in {**facts, **now}.items() if "train_MiB" not in fact),
     ]  # fmt: skip
     out.write_text("\n".join(lines) + "\n")
     print("\n".join(line for line in lines if " | " in line and "MiB" not in line))
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("mode", choices=["predict", "measure", "report", "golden", "list"])
     parser.add_argument("--only", default="")
     parser.add_argument("--blind", action="store_true", help="shapes that were never measured")
     parser.add_argument("--today", action="store_true", help="measure again what has changed, fused layers first")
     parser.add_argument("--budget-s", type=float, default=400)
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--gpu", default="", help="card of the files; without it the one here, or an H100")
+    parser.add_argument("--results", type=Path, help="another folder")
     options = parser.parse_args()
-    options.results.mkdir(exist_ok=True, parents=True)
+    results: Path = options.results or results_of(card(options.gpu))
+    results.mkdir(exist_ok=True, parents=True)
     name = "memory_blind" if options.blind else "memory"
     found = blind_cases() if options.blind else cases()
-    predicted, measured = options.results / f"{name}_predicted.jsonl", options.results / f"{name}_measured.jsonl"
+    predicted, measured = results / f"{name}_predicted.jsonl", results / f"{name}_measured.jsonl"
     if options.today:
-        measured = options.results / "memory_today_measured.jsonl"
+        measured = results / "memory_today_measured.jsonl"
         found.sort(key=lambda case: not choices_of(case).fused_layers)
     if options.mode == "list":
         print("\n".join(case.key for case in found), len(found))
@@ -683,14 +707,13 @@ def main() -> None:
     elif options.mode == "predict":
         if options.blind and predicted.exists():
             sys.exit(f"{predicted} exists: blind predictions are made once")
-        predict(predicted, options.only, found)
+        predict(predicted, options.only, found, options.gpu)
     elif options.mode == "measure":
-        measure(measured, options.only, options.budget_s, found)
+        return 0 if measure(measured, options.only, options.budget_s, found) else 3
     else:
-        report(predicted, measured, options.results / f"{name}.md")
+        report(predicted, measured, results / f"{name}.md")
+    return 0
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        main()
-    sys.exit(0)
+    sys.exit(main())

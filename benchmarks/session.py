@@ -1,31 +1,26 @@
-"""Everything that a GPU has to say, in one call and by priority: tests, cases, peers, variants.
+"""What a GPU has to say of throughput, in one call and by priority: cases, peers, variants.
 
     python benchmarks/throughput.py --session --out DIR --peers PEERS --budget-s 540 [--groups 16k]
 
 Each result is a line of DIR/throughput.jsonl as soon as it is there, and what has a line is not run again, so that a
-second call goes on where the first ran out of time. PEERS holds the peers' runner (`go.sh`, `bench_peers.py`); without
-it they are left out.
+second call goes on where the first ran out of time. A call is one `run`, whose lines alone are compared. PEERS holds
+the peers' runner (`go.sh`, `bench_peers.py`); without it they are left out.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 import time
-from collections import Counter
-from pathlib import Path
 
 import throughput
 
-REPOSITORY = Path(__file__).parent.parent
-TESTS_S, CASE_S, PEER_S = 220, 75, 110  # most seconds of one; a case takes 20
+CASE_S, PEER_S = 75, 110  # most seconds of one; a case takes 30
 # (what, case) by group: `laras` runs here, the others are peers at that many tokens a step or of that shape. A group
 # holds all that is compared with one another, so that machines with several GPUs can run one group on each.
 GROUPS = {
-    "tests": [("tests", "tests/gpu")],
     "16k": [
         ("laras", "qlora_full_16k"), ("laras", "lora_16k"), ("laras", "lora_full_16k"),
         ("16k", "unsloth_qlora_pack_gc"), ("16k", "unsloth_pack"), ("16k", "unsloth_pack_gc"),
@@ -60,50 +55,35 @@ GROUPS = {
 
 
 def run_session(arguments):
-    """Runs what has no line yet, until the budget is spent."""
-    started = time.time()
+    """Runs what has no line yet, until the budget is spent; returns whether nothing is left."""
+    started, run = time.time(), _name_of_run()
     done = _done(arguments.out / "throughput.jsonl")
-    for what, case in (one for group in arguments.groups.split(",") for one in GROUPS[group]):
-        name = case if what in ("laras", "tests") else f"{case}@{what}"
-        left_s = arguments.budget_s - (time.time() - started)
-        if name in done or (what not in ("laras", "tests") and arguments.peers is None):
-            continue
-        if left_s < (5 if throughput.TINY else 25):
-            break
-        if what == "tests":
-            result = _tests(min(left_s, TESTS_S))
-        elif what == "laras":
-            result = throughput.run_case(name, arguments, min(left_s, CASE_S * (2 if case.startswith("7b") else 1)))
+    cases = [one for group in arguments.groups.split(",") for one in GROUPS[group]]
+    named = [(what, case if what == "laras" else f"{case}@{what}") for what, case in cases]
+    left = [(what, name) for what, name in named if name not in done and (what == "laras" or arguments.peers)]
+    while left and (left_s := arguments.budget_s - (time.time() - started)) >= (5 if throughput.TINY else 25):
+        what, name = left.pop(0)
+        if what == "laras":
+            result = throughput.run_case(name, arguments, min(left_s, CASE_S * (2 if name.startswith("7b") else 1)))
         else:
-            result = _peer(case, what, arguments, min(left_s, PEER_S))
-        throughput.keep(result, arguments.out)
+            result = _peer(name.partition("@")[0], what, arguments, min(left_s, PEER_S))
+        throughput.keep({**result, "run": run}, arguments.out)
     throughput.report(arguments.out)
+    return not left
+
+
+def _name_of_run():
+    import torch
+
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{card}, {time.strftime('%Y-%m-%d %H:%M')}, card {os.environ.get('CUDA_VISIBLE_DEVICES', '0')}"
 
 
 def _done(file):
     if not file.exists():
         return set()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    return {row["name"] for row in rows if "error" not in row or row["name"] == "tests/gpu"}
-
-
-def _tests(limit_s):
-    """The GPU's tests: how many passed, and which did not, as far as they came."""
-    command = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "tests/gpu"]
-    started = time.time()
-    try:
-        ran = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=limit_s, check=False)
-        text, ended = ran.stdout, True
-    except subprocess.TimeoutExpired as stopped:
-        output = stopped.stdout or b""
-        text, ended = (output.decode() if isinstance(output, bytes) else output), False
-    found = re.findall(r"^(tests/gpu/\S+.*?) (PASSED|FAILED|SKIPPED|ERROR)\b", text, flags=re.MULTILINE)
-    result = {"name": "tests/gpu", **Counter(outcome.lower() for _, outcome in found)}
-    result |= {"wall_s": round(time.time() - started, 1)}
-    bad = [test for test, outcome in found if outcome in ("FAILED", "ERROR")]
-    if bad or not found:
-        result |= {"failed_tests": bad, "tail": text[-6000:]}
-    return result if ended and found else {**result, "error": "the tests did not end"}
+    return {row["name"] for row in rows if "error" not in row}
 
 
 def _peer(case, what, arguments, limit_s):

@@ -4,10 +4,11 @@
     python benchmarks/step_time.py fit      # CPU: results/step_time.md
     python benchmarks/step_time.py choices  # CPU: the last table of it alone
 
-Measured were the cases of `memory.py`, `cap_grid.py` and `throughput.py` on H100s. The work of a case (its operations,
-counted while its step is simulated) is kept in a file, since the layers go on changing and the measurements do not;
-`commit` names the layers that were simulated. `record` adds cases that are not there. Left out: 4-bit cases of the
-fused layers in `memory_measured.jsonl`, whose weights were unpacked in another way then.
+Measured were the cases of `memory.py`, `cap_grid.py` and `throughput.py`, each predicted by the rates of its own card.
+The work of a case (its operations, counted while its step is simulated) is kept in a file, since the layers go on
+changing and the measurements do not; `commit` names the layers that were simulated. `record` adds cases that are not
+there. Left out: 4-bit cases of the fused layers in `memory_measured.jsonl`, whose weights were unpacked in another way
+then, and steps whose kernels were launched in another way than the product's, or as a graph.
 
 `results/step_time_blind.jsonl` holds what the constants of before predicted for the cases of `cap_grid.py`, the later
 ones of `throughput.py` and three of `memory.py` that were measured again; none of them had a part in those constants.
@@ -24,6 +25,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields, replace
+from functools import cache
 from itertools import combinations
 from math import exp, log
 from pathlib import Path
@@ -35,11 +37,12 @@ import cap_grid
 import memory
 import throughput
 
-from laras.planning.catalogue import find_gpu
+from laras.models.fused import variant
+from laras.planning.catalogue import CATALOGUE, find_gpu, match_device_name
 from laras.planning.throughput import RATES, Rates, recorded_step_s
 from laras.planning.work import Work
+from laras.records import HardwareSpec
 
-H100 = find_gpu("h100").to_hardware()
 WORK, BLIND, REPORT = (memory.RESULTS / f"step_time{name}" for name in ("_work.jsonl", "_blind.jsonl", ".md"))
 REMAINS = (
     "What remains:",
@@ -66,6 +69,12 @@ _FIXED = frozenset({"attention"})  # known from kernels alone; documents of the 
 _HOST = {"call_s": 0.0, "graph_s": 0.0, "engine_s": 0.0, "launch_s": 0.0, "compiled_s": 0.0}
 
 
+@cache
+def hardware_of(gpu: str) -> HardwareSpec:
+    """A card of the catalogue."""
+    return find_gpu(gpu).to_hardware()
+
+
 @dataclass(frozen=True)
 class Row:
     """A measured case and its work; `measured_s` is a micro-batch's, with its part of the optimizer's step."""
@@ -79,11 +88,13 @@ class Row:
     accumulation: int
     is_waited_for: bool
     commit: str
+    gpu: str = "H100"
 
     @property
     def group(self) -> str:
-        """Which benchmark it is of, and which layers ran."""
-        return f"{self.key.partition('|')[0].partition(',')[0]}, {'fused' if self.is_fused else 'transformers'} layers"
+        """Which benchmark it is of, which layers ran, and on which card."""
+        layers = "fused" if self.is_fused else "transformers"
+        return f"{self.key.partition('|')[0].partition(',')[0]}, {layers} layers, {self.gpu}"
 
     @property
     def model(self) -> str:
@@ -100,7 +111,7 @@ class Row:
         """By the constants."""
         return recorded_step_s(
             self.work,
-            H100,
+            hardware_of(self.gpu),
             rates,
             span_tokens=self.span_tokens,
             target_share=self.target_share,
@@ -121,26 +132,35 @@ class Row:
 # ------------------------------------------------------------ what was measured
 
 
-def _simulated(values: dict[str, Any], choices: Any, documents: int | None) -> dict[str, Any]:
+Subject = tuple[dict[str, Any], Any, int | None]  # the model's configuration, the plan's choices, documents
+
+
+def _simulated(gpu: str, chosen: variant.Variant, subject: Subject) -> dict[str, Any]:
     from laras.config import RunConfig
     from laras.models.simulation import trace_step
     from laras.planning.architecture import model_spec_from_config
 
-    spec = model_spec_from_config(values, "m")
+    values, choices, documents = subject
+    spec, before = model_spec_from_config(values, "m"), variant.CHOSEN
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(values))
-        trace = trace_step(RunConfig(model_name_or_path=folder), choices, spec.layers, H100, documents)
+        variant.CHOSEN = chosen
+        try:
+            config = RunConfig(model_name_or_path=folder)
+            trace = trace_step(config, choices, spec.layers, hardware_of(gpu), documents)
+        finally:
+            variant.CHOSEN = before
     work = {kind: part.to_json() for kind, part in trace.work(spec.layers).items() if kind != "evaluation"}
     return {kind: part for kind, part in work.items() if any(part)}
 
 
-def _row(key: str, measured_s: float, subject: tuple[dict[str, Any], Any, int | None], **rest: Any) -> dict[str, Any]:
+def _row(key: str, measured_s: float, subject: Subject, **rest: Any) -> dict[str, Any]:
     known = {"target_share": 1.0, "token_share": 1.0, "accumulation": 1, "is_waited_for": True}
-    return {"key": key, "measured_s": measured_s, **known, **rest, "subject": subject}
+    return {"key": key, "measured_s": measured_s, **known, "chosen": variant.CHOSEN, **rest, "subject": subject}
 
 
-def _of_memory(file: str, name: str, *, with_fused_4bit: bool) -> Iterator[dict[str, Any]]:
-    facts = memory._rows(memory.RESULTS / file)
+def _of_memory(path: Path, name: str, *, with_fused_4bit: bool) -> Iterator[dict[str, Any]]:
+    facts = memory._rows(path)
     for case in memory.cases():
         fact = facts.get(case.key, {})
         if "micro_s" not in fact or (fact["fused"] and "nf4" in case.key and not with_fused_4bit):
@@ -152,11 +172,11 @@ def _of_memory(file: str, name: str, *, with_fused_4bit: bool) -> Iterator[dict[
         yield _row(f"{name}|{case.key}", fact["micro_s"], subject, span_tokens=span, accumulation=accumulation)
 
 
-def _of_grid() -> Iterator[dict[str, Any]]:
+def _of_grid(folder: Path) -> Iterator[dict[str, Any]]:
     from laras.records import PlanChoices
 
-    plans = cap_grid.rows_of(memory.RESULTS / "cap_grid_plans.jsonl")
-    for key, fact in cap_grid.rows_of(memory.RESULTS / "cap_grid_measured.jsonl").items():
+    plans = cap_grid.rows_of(folder / "cap_grid_plans.jsonl")
+    for key, fact in cap_grid.rows_of(folder / "cap_grid_measured.jsonl").items():
         if not fact.get("step_s"):
             continue
         model, method, *_ = key.split("|")
@@ -176,15 +196,20 @@ def _of_grid() -> Iterator[dict[str, Any]]:
         yield _row(f"grid|{key}", micro_s, subject, span_tokens=half, accumulation=setting.accumulation)
 
 
-def _of_throughput() -> Iterator[dict[str, Any]]:
+def _of_throughput(gpu: str) -> Iterator[dict[str, Any]]:
     lengths = throughput.lengths()
     attended = sum(length * length for length in lengths) / sum(lengths)
     seen: dict[str, int] = defaultdict(int)
     for line in (memory.RESULTS / "throughput.jsonl").read_text().splitlines():
         fact = json.loads(line)
-        if "fused" not in fact or "step_ms" not in fact or "offload" in fact["name"]:
+        if "fused" not in fact or "step_ms" not in fact or "@offload=" in fact["name"]:
             continue
-        case = throughput.CASES[fact["name"].partition("@")[0]]
+        card = match_device_name(fact["gpu"])
+        case, chosen = throughput.resolve(fact["name"])
+        launches_directly = fact["variant"].get("direct_launch", False)
+        is_of_the_product = not case.get("graph") and launches_directly == variant.CHOSEN.direct_launch
+        if card is None or card.name != gpu or not is_of_the_product:
+            continue
         seen[fact["name"]] += 1
         _, _, shape = throughput.batches_of(case, throughput.rows())
         if shape is None:
@@ -198,8 +223,20 @@ def _of_throughput() -> Iterator[dict[str, Any]]:
         subject = (values, throughput.choices_of(case), shape.max_documents)
         targets = shape.max_targets / (case["rows"] * throughput.MAX_LENGTH)
         key = f"throughput, run {seen[fact['name']]}|{fact['name']}"
-        rest = {"span_tokens": attended, "target_share": targets, "is_waited_for": False}
+        rest = {"span_tokens": attended, "target_share": targets, "is_waited_for": False, "chosen": chosen}
         yield _row(key, fact["step_ms"] / 1e3, subject, **rest)
+
+
+def _measured(gpu: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """What was measured on a card."""
+    sources = (
+        _of_memory(folder / "memory_measured.jsonl", "memory", with_fused_4bit=False),
+        _of_memory(folder / "memory_today_measured.jsonl", "memory again", with_fused_4bit=True),
+        _of_grid(folder),
+        _of_throughput(gpu),
+    )
+    for row in (row for source in sources for row in source):
+        yield {**row, "gpu": gpu}
 
 
 def record(out: Path) -> None:
@@ -209,12 +246,10 @@ def record(out: Path) -> None:
     command = ["git", "rev-parse", "--short", "HEAD"]
     commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     with out.open("a") as file:
-        first = _of_memory("memory_measured.jsonl", "memory", with_fused_4bit=False)
-        again = _of_memory("memory_today_measured.jsonl", "memory again", with_fused_4bit=True)
-        for row in (*first, *again, *_of_grid(), *_of_throughput()):
+        for row in (row for gpu in CATALOGUE for row in _measured(gpu.name, memory.results_of(gpu))):
             if (row["key"].rpartition("|")[2], round(row["measured_s"], 9)) not in there:
-                subject = row.pop("subject")
-                print(json.dumps({**row, "commit": commit, "work": _simulated(*subject)}), file=file, flush=True)
+                work = _simulated(row["gpu"], row.pop("chosen"), row.pop("subject"))
+                print(json.dumps({**row, "commit": commit, "work": work}), file=file, flush=True)
 
 
 def load(path: Path) -> list[Row]:
@@ -286,7 +321,7 @@ def _repeated(rows: list[Row]) -> list[float]:
     alike: dict[str, list[float]] = defaultdict(list)
     for row in rows:
         work = {kind: part.to_json() for kind, part in row.work.items()}
-        alike[json.dumps([work, row.accumulation, row.is_waited_for], sort_keys=True)].append(row.measured_s)
+        alike[json.dumps([row.gpu, work, row.accumulation, row.is_waited_for], sort_keys=True)].append(row.measured_s)
     return [max(pair) / min(pair) - 1 for found in alike.values() for pair in combinations(found, 2)]
 
 
@@ -294,11 +329,18 @@ def _repeated(rows: list[Row]) -> list[float]:
 
 
 def choices(rows: list[Row]) -> list[str]:
-    """Of the settings that ran under a cap, the fastest by prediction against the fastest measured."""
-    predicted = {row.key.removeprefix("grid|"): row.predicted_s() * row.accumulation for row in rows}
-    measured = cap_grid.rows_of(memory.RESULTS / "cap_grid_measured.jsonl")
+    """Of the settings that ran under a cap, the fastest by prediction against the fastest measured, card by card."""
     lines = ["| cell | predicted to be the fastest | s a step | fastest | s a step | share of its rate |"]
     lines.append("|---|---|---|---|---|---|")
+    for gpu in sorted({row.gpu for row in rows if row.key.startswith("grid|")}):
+        lines += _choices_on(gpu, [row for row in rows if row.gpu == gpu])
+    return lines
+
+
+def _choices_on(gpu: str, rows: list[Row]) -> list[str]:
+    predicted = {row.key.removeprefix("grid|"): row.predicted_s() * row.accumulation for row in rows}
+    measured = cap_grid.rows_of(memory.results_of(find_gpu(gpu)) / "cap_grid_measured.jsonl")
+    lines = []
     for subject in cap_grid.subjects():
         free = {key: row for key, row in measured.items() if key.startswith(f"{subject.key}|free|") and row["step_s"]}
         for cap in cap_grid.CAPS_GIB:
@@ -309,8 +351,8 @@ def choices(rows: list[Row]) -> list[str]:
             best = min(under, key=lambda name: under[name]["step_s"])
             seconds = under[chosen]["step_s"], under[best]["step_s"]
             lines.append(
-                f"| {subject.key.replace('|', ', ')}, {cap} GiB | {chosen.replace('|', ', ')} | {seconds[0]:.3f} "
-                f"| {best.replace('|', ', ')} | {seconds[1]:.3f} | {seconds[1] / seconds[0]:.1%} |"
+                f"| {gpu}, {subject.key.replace('|', ', ')}, {cap} GiB | {chosen.replace('|', ', ')} "
+                f"| {seconds[0]:.3f} | {best.replace('|', ', ')} | {seconds[1]:.3f} | {seconds[1] / seconds[0]:.1%} |"
             )
     return lines
 
@@ -342,13 +384,13 @@ def report(rows: list[Row], out: Path) -> None:
         "of these, the host takes the time": [row.error() for row in rows if row not in bound],
         **{name: [row.error() for row in rows if row.group == name] for name in sorted({row.group for row in rows})},
     }
-    repeated = _repeated(rows)
+    repeated, cards = _repeated(rows), " and ".join(f"{gpu}s" for gpu in sorted({row.gpu for row in rows}))
     lines = [
         "# Predicted against measured duration of a step",
         "",
         "Made by `python benchmarks/step_time.py fit` from steps that `memory.py`, `cap_grid.py` and `throughput.py`",
-        "measured on H100s. Errors are prediction / measurement - 1. Blind are predictions by the constants of before;",
-        "held out are cases, or whole shapes, that were left out of the fit that predicts them.",
+        f"measured on {cards}. Errors are prediction / measurement - 1. Blind are predictions by the constants of",
+        "before; held out are cases, or whole shapes, that were left out of the fit that predicts them.",
         "",
         "| cases | predictions | mean error | within 15% | max error |",
         "|---|---|---|---|---|",
@@ -376,7 +418,7 @@ def report(rows: list[Row], out: Path) -> None:
         "| case | measured ms | predicted ms | error | limited by |",
         "|---|---|---|---|---|",
         *(
-            f"| {row.key.replace('|', ': ', 1).replace('|', ', ')} | {1e3 * row.measured_s:.1f} "
+            f"| {row.gpu}, {row.key.replace('|', ': ', 1).replace('|', ', ')} | {1e3 * row.measured_s:.1f} "
             f"| {1e3 * row.predicted_s():.1f} | {row.error():+.1%} | {'device' if row in bound else 'host'} |"
             for row in rows
         ),

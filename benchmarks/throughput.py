@@ -304,9 +304,9 @@ def predict(name):
 def report(folder):
     """The table of DIR/throughput.jsonl: each case beside others of the same `run`, which is one call on one GPU."""
     found = [json.loads(line) for line in (folder / "throughput.jsonl").read_text().splitlines()]
-    rows = {(row.get("run"), row["name"]): row for row in found if "error" not in row and row["name"] != "tests/gpu"}
+    rows = {(row.get("run"), row["name"]): row for row in found if "error" not in row}
     lines = ["| case | useful tokens/s | MFU | peak GiB | against, same run | its tokens/s | its GiB | tokens/s ratio |"
-             " memory ratio | must | met |", "|" + "---|" * 11]  # fmt: skip
+             " memory ratio | must | met | run |", "|" + "---|" * 12]  # fmt: skip
     alone = []
     for (run, name), row in rows.items():
         if name.partition("@")[0] not in CASES:
@@ -318,10 +318,10 @@ def report(folder):
             ratio, share = _rate(row) / _rate(other), _peak_gib(row) / _peak_gib(other)
             lines.append(
                 own + f"| {other['name']} | {_rate(other):,.0f} | {_peak_gib(other):.3f} | {ratio:.2f} | {share:.2f} "
-                f"| {least} at {most} | {'yes' if ratio >= least and share <= most else '**no**'} |"
+                f"| {least} at {most} | {'yes' if ratio >= least and share <= most else '**no**'} | {run} |"
             )
         if not pairs:
-            alone.append(own + "| | | | | | | |")
+            alone.append(own + f"| | | | | | | | {run} |")
     cards = {row["gpu"] for row in found if "gpu" in row}
     versions = [row["versions"] for row in found if "versions" in row]
     lines += [
@@ -373,7 +373,7 @@ def main():
     parser.add_argument("--case")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--session", action="store_true")
-    parser.add_argument("--groups", default="tests,16k,8k,variants", help="of a session")
+    parser.add_argument("--groups", default="16k,8k,variants", help="of a session")
     parser.add_argument("--peers", type=Path, help="folder of the runner of the peers")
     parser.add_argument("--predict", action="store_true")
     parser.add_argument("--report", action="store_true")
@@ -391,7 +391,7 @@ def main():
     elif arguments.session:
         from session import run_session
 
-        run_session(arguments)
+        return 0 if run_session(arguments) else 3
     else:
         started = time.time()
         for name in names:
@@ -399,7 +399,8 @@ def main():
             if left_s < 15:
                 break
             keep(run_case(name, arguments, left_s), arguments.out)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -36,7 +36,7 @@ BUSY = Work(
 def predicted_s(row):
     work = {kind: Work.from_json(part) for kind, part in row["work"].items()}
     keys = {key: row[key] for key in ("span_tokens", "target_share", "token_share", "accumulation", "is_waited_for")}
-    return recorded_step_s(work, H100, **keys)
+    return recorded_step_s(work, find_gpu(row.get("gpu", "h100")).to_hardware(), **keys)
 
 
 def test_measured_steps_are_predicted_within_10_percent_on_average():

@@ -1,0 +1,123 @@
+"""The one call on a GPU: nothing outlives its time, everything found comes back in one file, a second call goes on."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from laras.planning.catalogue import CATALOGUE
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import on_gpu
+
+    monkeypatch.setattr(on_gpu, "_GRACE_S", 0.5)
+    monkeypatch.setattr(on_gpu, "_LEAST_S", 0)
+    monkeypatch.setattr(on_gpu, "_PACK_EVERY_S", 0.2)
+    return on_gpu
+
+
+def python(name: str, text: str, most_s: float = 20, **keys: Any) -> Any:
+    import on_gpu
+
+    return on_gpu.Part(name, most_s, ("-c", text, "PART", "LEFT"), **keys)
+
+
+def found_in(out: Path) -> dict[str, str]:
+    with tarfile.open(out / "on_gpu.tar.gz") as archive:
+        files = [one for one in archive if one.isfile()]
+        return {one.name.removeprefix("./"): archive.extractfile(one).read().decode() for one in files}  # type: ignore[union-attr]
+
+
+def test_checks_run_side_by_side_and_measurements_after_them_one_at_a_time(
+    on_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    times = "import sys, time; from pathlib import Path; began = time.time(); time.sleep(1)\n"
+    times += "Path(sys.argv[1], 'times.txt').write_text(f'{began} {time.time()}')"
+    monkeypatch.setattr(on_gpu, "CHECKS", tuple(python(name, times) for name in ("one", "other")))
+    monkeypatch.setattr(on_gpu, "MEASUREMENTS", tuple(python(name, times) for name in ("first", "second")))
+    names = ["one", "other", "first", "second"]
+    on_gpu.run_all(names, 1, tmp_path / "work", tmp_path, time.monotonic() + 60)
+    found = found_in(tmp_path)
+    one, other, first, second = ([float(at) for at in found[f"{name}/times.txt"].split()] for name in names)
+    assert one[0] < other[1] and other[0] < one[1]
+    assert max(one[1], other[1]) < first[0] and first[1] < second[0]
+    assert {f"{name}/ended_well" for name in names} <= found.keys()
+
+
+def test_a_part_that_takes_too_long_ends_with_all_that_it_started_and_what_it_found_comes_back(
+    on_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    endless = "import subprocess, sys, time; from pathlib import Path\n"
+    endless += "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    endless += "Path(sys.argv[1], 'child.txt').write_text(str(child.pid)); print('found'); time.sleep(600)"
+    monkeypatch.setattr(on_gpu, "CHECKS", (python("endless", endless, most_s=1.5),))
+    monkeypatch.setattr(on_gpu, "MEASUREMENTS", ())
+    on_gpu.run_all(["endless"], 1, tmp_path / "work", tmp_path, time.monotonic() + 60)
+    found = found_in(tmp_path)
+    assert found["endless/log.txt"] == "found\n"
+    assert "endless/ended_well" not in found
+    status = Path(f"/proc/{found['endless/child.txt']}/stat")
+    deadline = time.monotonic() + 10
+    while status.exists() and status.read_text().split()[2] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_a_second_call_runs_what_did_not_end_well_and_knows_its_card_and_its_seconds(
+    on_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    tells = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[2])"
+    parts = (python("good", tells), python("bad", f"{tells}; sys.exit(1)", cards=(1,)))
+    monkeypatch.setattr(on_gpu, "CHECKS", ())
+    monkeypatch.setattr(on_gpu, "MEASUREMENTS", parts)
+    for _ in range(2):
+        on_gpu.run_all(["good", "bad"], 2, tmp_path / "work", tmp_path, time.monotonic() + 60)
+    found = found_in(tmp_path)
+    assert found["good/log.txt"] == "0 20\n"
+    assert found["bad/log.txt"] == "1 20\n" * 2
+
+
+def test_what_is_measured_on_two_cards_is_never_in_one_file(on_gpu: Any) -> None:
+    import memory
+    import step_time
+
+    assert len({memory.results_of(gpu) for gpu in CATALOGUE}) == len(CATALOGUE)
+    assert list(step_time._of_throughput("H100")) and not list(step_time._of_throughput("L4"))
+    rows = step_time.load(step_time.WORK)[:1]
+    other = step_time.replace(rows[0], gpu="H200")
+    assert other.predicted_s() < rows[0].predicted_s()
+    assert step_time._repeated([rows[0], rows[0]]) and not step_time._repeated([rows[0], other])
+
+
+def test_only_steps_launched_as_the_products_are_have_a_part_in_the_fit(
+    on_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import json
+
+    import memory
+    import step_time
+
+    from laras.models.fused import variant
+
+    fact = {"step_ms": 300.0, "fused": True, "gpu": "NVIDIA H200"}
+    other = not variant.CHOSEN.direct_launch
+    with (tmp_path / "throughput.jsonl").open("w") as file:
+        for name, direct in (("qlora_full_16k@qkv_again=0", not other), ("qlora_full_16k@direct_launch=1", other)):
+            print(json.dumps({**fact, "name": name, "variant": {"direct_launch": direct}}), file=file)
+    monkeypatch.setattr(memory, "RESULTS", tmp_path)
+    (row,) = step_time._of_throughput("H200")
+    assert row["key"].endswith("@qkv_again=0") and not row["chosen"].qkv_again
+
+
+def test_every_part_names_files_that_exist(on_gpu: Any) -> None:
+    words = [word for part in (*on_gpu.CHECKS, *on_gpu.MEASUREMENTS) for word in part.command]
+    paths = [Path(word) for word in words if os.sep in word and word.startswith(os.sep)]
+    assert len(paths) >= 8 and all(path.exists() for path in paths)
