@@ -44,7 +44,8 @@ import tiny_training as tiny
 from laras.errors import LarasError
 from laras.progress import Observer
 from laras.rundir import RunDir, run_status
-from laras.training.checkpoints import checkpoint_problems, list_checkpoints
+from laras.training.checkpoints import list_checkpoints
+from laras.whole_folder import folder_problems
 from tiny_training import SCENARIOS, Scenario, outcome
 
 torch.set_num_threads(1)
@@ -191,7 +192,7 @@ def sweep_full_disks(folder: Path, scenario_name: str = "padded") -> dict[str, A
         newest = list_checkpoints(run_dir / "checkpoints")[-1]
         report["limits"] += 1
         report["clear error"] += status == 6
-        report["checkpoint before it good"] += newest[0] == 3 and not checkpoint_problems(newest[1])
+        report["checkpoint before it good"] += newest[0] == 3 and not folder_problems(newest[1])
         wait(forked(session(run_dir, scenario)))
         report["same end after a resume"] += outcome(run_dir) == expected
     print(f"disk: {report}")
@@ -225,7 +226,7 @@ def sweep_small_disks(folder: Path, sizes: int, scenario_name: str = "padded") -
             newest = list_checkpoints(place / "run" / "checkpoints")
             report["disks"] += 1
             report["clear error"] += status == 6
-            report["checkpoints good"] += not any(checkpoint_problems(path) for _, path in newest)
+            report["checkpoints good"] += not any(folder_problems(path) for _, path in newest)
             subprocess.run(["mount", "-o", f"remount,size={64 * 1024}k", str(place)], check=True)
             wait(forked(session(place / "run", scenario)))
             report["same end after a resume"] += outcome(place / "run") == expected

@@ -16,6 +16,7 @@ from laras.config import RunConfig
 from laras.config_file import config_to_yaml
 from laras.data.store import token_table, write_tokens
 from laras.records import RunResult, TrainPlan
+from laras.whole_folder import seal_folder
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -117,6 +118,7 @@ def finished_run(path: Path, base: Path, *, method: str = "lora", targets: str |
     model.save_pretrained(path / "final")
     words = tokenizer()
     words.save_pretrained(path / "final")
+    seal_folder(path / "final")
     ids = [words(text)["input_ids"] for text in TEXT]
     write_tokens(token_table(ids, ids, list(range(len(ids)))), path / "splits" / "validation.parquet")
     return path

@@ -8,7 +8,7 @@
     ├── PlanError                   4   no plan, or not the forced one, fits the device
     ├── TrainingInterrupted         5   stopped by a signal; saved; `laras resume` goes on
     ├── TrainingAborted             6   numbers that do not train, or memory that no split cures
-    │   └── OutOfMemoryError        6   one example alone does not fit
+    │   └── OutOfMemoryError        6   one example alone, or the model itself, does not fit
     └── RunStateError               7   the run is in use, or its state refuses the request
         ├── CheckpointError         7   no usable checkpoint, or one that is damaged
         └── SealedTestError         7   the sealed test set may not be opened, or was altered
@@ -133,7 +133,7 @@ class TrainingAborted(LarasError):
 
 
 class OutOfMemoryError(TrainingAborted):
-    """One example alone does not fit the device."""
+    """One example alone, the weights or the optimizer do not fit the device."""
 
 
 class RunStateError(LarasError):

@@ -189,7 +189,7 @@ def test(
 
     Raises:
         RunStateError: This is no run, or it is in use.
-        SealedTestError: The run has not finished, or the set was altered.
+        SealedTestError: The run has not finished, it has no test rows, or they were altered.
         OutOfMemoryError: One row alone does not fit the device.
     """
     from laras.data.sealed import open_sealed, read_openings, require_openable
@@ -200,11 +200,13 @@ def test(
     with hold(run):
         require_openable(run.path)  # what is refused is refused at once
         from laras.evaluation.comparison import compare_models
+        from laras.models.device_memory import required
         from laras.models.finished import load_finished
 
         chosen, result = TrainPlan.load(run.path), RunResult.load(run.path)
         observer.stage_started("loading the base and the tuned model")
-        pair = load_finished(config, chosen.choices, run.final, _device())
+        with required("both models"):
+            pair = load_finished(config, chosen.choices, run.final, _device())
         # Noted in the ledger only now: a model that cannot be loaded has seen nothing.
         rows = _as_dataset(open_sealed(run.path, "laras test", max_samples))
         found = compare_models(
@@ -323,6 +325,7 @@ def _run_training(
     """Trains as the owner of the run; `choose` may set damaged checkpoints aside, so it is asked only then."""
     from laras.data.store import read_tokens
     from laras.models.build import build_model
+    from laras.models.device_memory import required
     from laras.models.unsloth import off_standard_output
     from laras.training.run import run_training
     from laras.training.start import start_weights
@@ -334,7 +337,8 @@ def _run_training(
         observer.stage_started("loading the model")
         if config.full_determinism:  # cuBLAS reads it once, at the first matrix product
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        model = build_model(config, chosen.choices, str(_device()), observer)
+        with required("the model"):
+            model = build_model(config, chosen.choices, str(_device()), observer)
         result = run_training(
             config,
             chosen,

@@ -13,8 +13,8 @@ from laras.training.checkpoints import (
     remove_old_checkpoints,
     save_checkpoint,
     unwritable,
-    verify_checkpoint,
 )
+from laras.whole_folder import require_whole
 
 
 def write_two_files(folder: Path) -> None:
@@ -25,7 +25,7 @@ def write_two_files(folder: Path) -> None:
 
 def test_a_saved_checkpoint_verifies_and_is_listed_by_step(tmp_path: Path) -> None:
     for step in (10, 9, 100):
-        verify_checkpoint(save_checkpoint(tmp_path, step, write_two_files))
+        require_whole(save_checkpoint(tmp_path, step, write_two_files), "")
     assert [step for step, _ in list_checkpoints(tmp_path)] == [9, 10, 100]
 
 
@@ -62,7 +62,7 @@ def test_damage_to_any_file_is_detected(tmp_path: Path, name: str, damage: str) 
     else:
         path.write_bytes(content[:-3] if damage == "truncate" else bytes([content[0] ^ 1]) + content[1:])
     with pytest.raises(CheckpointError, match="damaged") as caught:
-        verify_checkpoint(tmp_path / "step-1")
+        require_whole(tmp_path / "step-1", "")
     assert caught.value.problems[0].startswith(name)
 
 

@@ -17,14 +17,13 @@ from laras.progress import Observer
 from laras.records import DatasetProfile, EvalResult, RunResult, SplitManifest, TrainPlan
 from laras.rundir import RunDir, list_runs, run_status
 from laras.training.checkpoints import (
-    checkpoint_problems,
     choose_checkpoint,
     list_checkpoints,
     remove_old_checkpoints,
     save_checkpoint,
-    verify_checkpoint,
 )
 from laras.training.state import read_state
+from laras.whole_folder import folder_problems, require_whole
 
 RECORDS = (DatasetProfile, SplitManifest, TrainPlan, RunResult, EvalResult)
 
@@ -86,7 +85,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path, name: 
     (tmp_path / "outside.txt").write_text("outside", encoding="utf-8")
     path = with_manifest(checkpoint(tmp_path / "run" / "checkpoints"), **{name: "0" * 64})
     with pytest.raises(CheckpointError) as caught:
-        verify_checkpoint(path)
+        require_whole(path, "")
     assert "missing" in caught.value.problems[0]
     assert "\x1b" not in caught.value.problems[0] and "\n" not in caught.value.problems[0]
     assert choose_checkpoint(path.parent, None, Observer()) is None
@@ -97,7 +96,7 @@ def test_a_manifest_that_names_files_elsewhere_is_refused(tmp_path: Path, name: 
 def test_a_manifest_of_another_shape_means_a_damaged_checkpoint(tmp_path: Path, content: bytes) -> None:
     path = checkpoint(tmp_path)
     (path / "manifest.json").write_bytes(content)
-    assert checkpoint_problems(path)
+    assert folder_problems(path)
     assert choose_checkpoint(tmp_path, None, Observer()) is None
     assert (tmp_path / "step-1.damaged" / "damaged.txt").is_file()
 
@@ -108,15 +107,15 @@ def test_links_and_pipes_in_a_checkpoint_are_damage_and_are_not_waited_for(tmp_p
     linked = checkpoint(tmp_path / "c", 1)
     (linked / "a.txt").unlink()
     (linked / "a.txt").symlink_to(secret)
-    assert checkpoint_problems(linked) == ["a.txt: altered"]
+    assert folder_problems(linked) == ["a.txt: altered"]
     piped = checkpoint(tmp_path / "c", 2)
     (piped / "a.txt").unlink()
     os.mkfifo(piped / "a.txt")
-    assert checkpoint_problems(piped) == ["a.txt: altered"]
+    assert folder_problems(piped) == ["a.txt: altered"]
     manifest = checkpoint(tmp_path / "c", 3) / "manifest.json"
     manifest.unlink()
     os.mkfifo(manifest)
-    assert checkpoint_problems(manifest.parent) == ["manifest.json: missing"]
+    assert folder_problems(manifest.parent) == ["manifest.json: missing"]
 
 
 def test_a_linked_checkpoint_is_none_and_retention_leaves_its_target(tmp_path: Path) -> None:
@@ -130,13 +129,13 @@ def test_a_linked_checkpoint_is_none_and_retention_leaves_its_target(tmp_path: P
     with pytest.raises(CheckpointError, match="no checkpoint of step 9"):
         choose_checkpoint(folder, 9, Observer())
     remove_old_checkpoints(folder, 1, None)
-    assert checkpoint_problems(elsewhere) == []
+    assert folder_problems(elsewhere) == []
 
 
 def test_a_pickle_put_into_a_checkpoint_is_not_of_it_and_not_read(tmp_path: Path) -> None:
     path = checkpoint(tmp_path / "checkpoints")
     (path / "optimizer.pt").write_bytes(pickle.dumps(Touch(tmp_path / "ran")))
-    assert checkpoint_problems(path) == ["optimizer.pt: not of this checkpoint"]
+    assert folder_problems(path) == ["optimizer.pt: not of this folder"]
     assert choose_checkpoint(path.parent, None, Observer()) is None
     assert not (tmp_path / "ran").exists()
 

@@ -15,8 +15,9 @@ import tiny_training as tiny
 from laras.errors import TrainingAborted
 from laras.models.step import TrainStep, eager_step
 from laras.records import RunResult
-from laras.training.checkpoints import list_checkpoints, verify_checkpoint
+from laras.training.checkpoints import list_checkpoints
 from laras.training.numbers import LossWatch, Stopping
+from laras.whole_folder import require_whole
 from tiny_training import Scenario, parameters, train
 
 
@@ -81,7 +82,7 @@ def test_persistent_trouble_ends_the_run_with_the_last_good_checkpoint(tmp_path:
     assert [event.kind for event in result.events] == ["skipped_step"] * 3 + ["failed"]
     step, newest = list_checkpoints(tmp_path / "checkpoints")[-1]
     assert step == 3
-    verify_checkpoint(newest)
+    require_whole(newest, "")
     resumed, _ = train(tmp_path, scenario, resume=True)  # the cause is gone
     assert resumed.status == "finished"
 

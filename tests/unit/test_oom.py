@@ -16,7 +16,7 @@ from laras.errors import OutOfMemoryError
 from laras.models.step import TrainStep, eager_step
 from laras.records import PlanRevision, RunResult
 from laras.training.checkpoints import list_checkpoints
-from tiny_training import Scenario, metrics, parameters, train
+from tiny_training import Scenario, metrics, outcome, parameters, train
 
 PACKED = {"packing": True}
 
@@ -183,6 +183,51 @@ def test_an_example_that_alone_does_not_fit_is_named(tmp_path: Path, packed: boo
     assert int(caught.value.exit_code) == 6
     assert "max_length below 1" in (caught.value.hint or "")
     assert RunResult.load(tmp_path).status == "failed"
+
+
+def test_no_step_takes_memory_for_the_optimizer_states_and_no_room_for_them_is_said_before_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, at = torch.optim.AdamW._init_group, []
+    zeros_like = torch.zeros_like
+
+    def watched(self: Any, *given: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "zeros_like", lambda *a, **n: (at.append(len(steps.steps)), zeros_like(*a, **n))[1])
+            return original(self, *given)
+
+    steps = tiny.Recorder()
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", watched)
+    train(tmp_path / "roomy", Scenario(8, 1), observer=steps)
+    assert set(at) == {0} and len(steps.steps) == 6
+
+    def full(self: Any, *given: Any) -> Any:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+    monkeypatch.setattr(torch.optim.AdamW, "_init_group", full)
+    with pytest.raises(OutOfMemoryError, match=r"for the optimizer's states: .*2\.00 GiB\n") as caught:
+        train(tmp_path / "full", Scenario(8, 1), observer=(observer := tiny.Recorder()))
+    assert int(caught.value.exit_code) == 6 and "paged_adamw_8bit" in (caught.value.hint or "")
+    assert observer.steps == [] and RunResult.load(tmp_path / "full").status == "failed"
+
+
+def test_an_optimizer_that_runs_out_of_memory_ends_the_run_clearly_and_a_resume_ends_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(tmp_path / "roomy", Scenario(8, 1))
+    original, calls = torch.optim.AdamW.step, iter(range(10))
+
+    def fails(self: Any, *given: Any) -> Any:
+        if next(calls) == 4:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return original(self, *given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.optim.AdamW, "step", fails)
+        with pytest.raises(OutOfMemoryError, match="no room on the device for the optimizer's step"):
+            train(tmp_path / "full", Scenario(8, 1))
+    train(tmp_path / "full", Scenario(8, 1), resume=True)
+    assert outcome(tmp_path / "full") == outcome(tmp_path / "roomy")
 
 
 def test_an_evaluation_that_runs_out_of_memory_uses_smaller_batches(

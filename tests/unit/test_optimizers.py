@@ -17,7 +17,7 @@ from laras.data.collate import PadCollator
 from laras.models.build import build_model
 from laras.models.step import eager_step, path_of, summed_loss, target_losses
 from laras.progress import Observer
-from laras.training.optimizers import queue_steps
+from laras.training.optimizers import create_states, queue_steps
 from laras.training.resume import choose_checkpoint
 from laras.training.run import run_training
 from laras.training.state import load_optimizer, save_optimizer
@@ -120,6 +120,28 @@ def test_an_8_bit_step_takes_the_same_way_without_waiting_for_the_device(monkeyp
     found, _ = trained_weights(3, queued)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     assert (waits, steps) == ([], [1, 1, 1])
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name != "without states"])
+def test_states_made_before_the_first_step_are_those_that_it_would_make(name: str) -> None:
+    def ahead(weights: Any) -> torch.optim.Optimizer:
+        optimizer = queue_steps(OPTIMIZERS[name](weights))
+        create_states(optimizer)
+        assert len(optimizer.state) == len(weights) and all(weight.grad is None for weight in weights)
+        values = (value for state in optimizer.state.values() for value in state.values())
+        created.extend(value for value in values if isinstance(value, torch.Tensor))
+        return optimizer
+
+    created: list[torch.Tensor] = []
+    expected, lazy = trained_weights(3, lambda weights: queue_steps(OPTIMIZERS[name](weights)))
+    found, eager = trained_weights(3, ahead)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    for one, other in zip(found, expected, strict=True):
+        assert eager.state[one].keys() == lazy.state[other].keys()
+        for key, value in lazy.state[other].items():
+            kept = eager.state[one][key]
+            assert torch.equal(kept, value) if isinstance(value, torch.Tensor) else kept == value
+            assert not isinstance(value, torch.Tensor) or any(kept is tensor for tensor in created)
 
 
 def test_loaded_states_lie_where_the_optimizer_makes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-import laras.training.checkpoints as checkpoints_module
+import laras.whole_folder as whole_folder
 import tiny_training as tiny
 from laras.errors import CheckpointError, RunStateError, TrainingInterrupted
 from laras.models.step import TrainStep, eager_step
@@ -172,7 +172,7 @@ def test_a_second_signal_in_the_middle_of_a_save_loses_nothing(tmp_path: Path) -
     train(tmp_path / "whole", scenario)
     run, child = tmp_path / "run", os.fork()
     if child == 0:
-        original = checkpoints_module.seal_folder
+        original = whole_folder.seal_folder
 
         def interrupted(folder: Path) -> None:
             if folder.name == ".step-4.partial":
@@ -180,7 +180,7 @@ def test_a_second_signal_in_the_middle_of_a_save_loses_nothing(tmp_path: Path) -
             original(folder)
 
         try:
-            checkpoints_module.seal_folder = interrupted
+            whole_folder.seal_folder = interrupted
             train(run, scenario, observer=Signaller(signal.SIGTERM, at_step=4))
         finally:
             os._exit(1)
@@ -369,11 +369,11 @@ def test_a_file_that_is_not_of_the_checkpoint_is_not_loaded(
     (tmp_path / "run" / "checkpoints" / "step-4" / "optimizer.pt").write_bytes(b"a pickle")
     observer = Recorder()
     assert choose_checkpoint(tmp_path / "run", None, observer) == tmp_path / "run" / "checkpoints" / "step-3"
-    assert "optimizer.pt: not of this checkpoint" in observer.warnings[0]
+    assert "optimizer.pt: not of this folder" in observer.warnings[0]
 
 
 def test_a_state_of_another_version_is_refused(half_run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    from laras.training.checkpoints import seal_folder
+    from laras.whole_folder import seal_folder
 
     shutil.copytree(half_run[0] / "run", tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints" / "step-4"

@@ -54,6 +54,16 @@ def test_a_finished_run_opens_and_every_opening_is_noted(tmp_path):
     assert first.opened_at.endswith("+00:00")
 
 
+def test_a_run_without_test_rows_says_so_and_notes_no_opening(tmp_path):
+    run = run_in(tmp_path)
+    manifest = SplitManifest.load(run)
+    none = manifest.test.model_copy(update={"rows": 0})
+    manifest.model_copy(update={"test": none}).save(run)
+    with pytest.raises(SealedTestError, match="has no test set: its split gave the test 0 rows"):
+        open_sealed(run, "laras test")
+    assert read_openings(run) == ()
+
+
 @pytest.mark.parametrize("status", ["running", "interrupted", "failed"])
 def test_an_unfinished_run_stays_sealed(tmp_path, status):
     run = run_in(tmp_path, status)

@@ -9,12 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import laras.training.run as run_module
+import tiny_training as tiny
 from laras.progress import StepReport
 from laras.records import RunResult
-from laras.training.checkpoints import verify_checkpoint
+from laras.whole_folder import require_whole
 from tiny_training import SCENARIOS, Recorder, Scenario, metrics, parameters, train
 
 
@@ -51,7 +53,7 @@ def test_a_run_leaves_verified_checkpoints_a_best_and_a_final_model_and_its_resu
     assert result.best is not None and result.best.step in {3, 6}
     folders = [*(tmp_path / "checkpoints").iterdir(), tmp_path / "best", tmp_path / "final"]
     for folder in folders:
-        verify_checkpoint(folder)
+        require_whole(folder, "")
     names = {path.name for folder in folders for path in folder.rglob("*")}
     assert not [name for name in names if Path(name).suffix in {".pt", ".pth", ".bin", ".pkl"}]
     assert {"adapter_model.safetensors", "tokenizer.json"} <= {path.name for path in (tmp_path / "final").iterdir()}
@@ -65,6 +67,21 @@ def test_the_final_model_is_the_best_one(tmp_path: Path) -> None:
     best = tmp_path / "checkpoints" / f"step-{result.best.step}" / "adapter_model.safetensors"
     for folder in ("best", "final"):
         assert (tmp_path / folder / best.name).read_bytes() == best.read_bytes()
+
+
+@pytest.mark.parametrize("rehearse", [False, True])
+def test_a_run_without_validation_rows_keeps_the_last_model_and_resumes(tmp_path: Path, rehearse: bool) -> None:
+    scenario, none = Scenario(8, 1, config={"early_stopping_patience": 1}), tiny.rows(0, 2)
+    result, trained = train(tmp_path, scenario, validation_rows=none, rehearse=rehearse)
+    assert (result.status, result.steps, result.best, result.stopped_early) == ("finished", 6, None, False)
+    assert not (tmp_path / "best").exists()
+    assert not any("eval_loss" in line for line in metrics(tmp_path))
+    weights = tmp_path / "final" / "adapter_model.safetensors"
+    last = {name.replace(".default", ""): value for name, value in parameters(trained).items()}
+    assert all(torch.equal(value, last[name]) for name, value in load_file(weights).items())
+    before = weights.read_bytes()
+    train(tmp_path, scenario, validation_rows=none, resume=3)
+    assert weights.read_bytes() == before
 
 
 def test_early_stopping_ends_a_run_that_no_longer_improves(tmp_path: Path) -> None:
@@ -124,8 +141,8 @@ def test_a_step_walks_through_no_modules(tmp_path: Path, monkeypatch: pytest.Mon
 def test_one_process_trains_on_one_gpu_of_several(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = run_module.sft_config
 
-    def with_several(*given: Any) -> Any:
-        arguments = original(*given)
+    def with_several(*given: Any, **named: Any) -> Any:
+        arguments = original(*given, **named)
         arguments._n_gpu = 4
         return arguments
 

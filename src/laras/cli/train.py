@@ -30,7 +30,8 @@ FromOption = Annotated[
     ),
 ]
 FromStepOption = Annotated[
-    int | None, typer.Option("--checkpoint", help="With --from: start from this step instead of the best one.")
+    int | None,
+    typer.Option("--checkpoint", metavar="STEP", help="With --from: start from this step, not from the best one."),
 ]
 
 
@@ -41,7 +42,7 @@ def train_command(
     test: TestOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Split, analyse, plan, train, validate and keep the best."""
+    """Split, seal, plan, train, validate and keep the best model."""
     from laras import pipeline
     from laras.sweep_record import final_run
 
@@ -57,11 +58,13 @@ def train_command(
 
 def resume_command(
     run: RunArgument,
-    checkpoint: Annotated[int | None, typer.Option(help="Go on from this step instead of the newest.")] = None,
+    checkpoint: Annotated[
+        int | None, typer.Option(metavar="STEP", help="Go on from this step, not from the newest.")
+    ] = None,
     test: TestOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Go on where a run stopped, bit for bit."""
+    """Go on where a run stopped, exactly."""
     from laras import pipeline
 
     with open_view() as view:
@@ -90,6 +93,7 @@ def outcome_json(outcome: TrainOutcome) -> dict[str, Any]:
 
 def _show(outcome: TrainOutcome, evaluation: EvalResult | None, as_json: bool) -> None:
     from laras.cli.test import evaluation_json, show_evaluation
+    from laras.records import SplitManifest
 
     if as_json:
         print_json(outcome_json(outcome) | ({"test": evaluation_json(evaluation)} if evaluation else {}))
@@ -107,4 +111,5 @@ def _show(outcome: TrainOutcome, evaluation: EvalResult | None, as_json: bool) -
         typer.echo()
         show_evaluation(evaluation)
     else:
-        typer.echo(f"next    laras test {outcome.run_dir}")
+        verb = "test" if SplitManifest.load(outcome.run_dir).test.rows else "chat"
+        typer.echo(f"next    laras {verb} {outcome.run_dir}")

@@ -126,6 +126,8 @@ def _size_warnings(rows: dict[SplitName, int], groups: Groups, all_rows: int) ->
             f"{all_rows:,} rows are enough to split ({counts}) but few for {', '.join(few)}: learning from fewer "
             f"than {FEW_TRAIN_ROWS} rows, or a score on fewer than {FEW_SCORED_ROWS}, says little"
         )
+    if not rows["validation"]:
+        warnings.append("no row validates: nothing stops training early, and the last model is kept")
     if groups.largest > max(10, _LARGE_GROUP * all_rows):
         warnings.append(
             f"one group of near duplicates holds {groups.largest:,} of {all_rows:,} rows, which all share a split; "

@@ -140,10 +140,11 @@ def open_sealed(run_dir: Path, purpose: str, max_samples: int | None = None) -> 
 
 
 def require_openable(run_dir: Path) -> None:
-    """Refuses a run whose training has not ended, and every trial of a sweep but its final one; opens nothing.
+    """Refuses a run whose training has not ended, one without test rows, and every trial of a sweep but
+    its final one; opens nothing.
 
     Raises:
-        SealedTestError: The run is not finished, or it is a trial that was not chosen.
+        SealedTestError: The run is not finished, it has no test rows, or it is a trial that was not chosen.
     """
     _require_final(run_dir)
     try:
@@ -154,6 +155,12 @@ def require_openable(run_dir: Path) -> None:
         raise SealedTestError(
             f"the test set stays sealed: the run's status is {status!r}, not 'finished'",
             hint=f"finish it with `laras resume {run_dir}`",
+        )
+    if SplitManifest.load(run_dir).test.rows == 0:
+        raise SealedTestError(
+            f"{run_dir} has no test set: its split gave the test 0 rows",
+            hint="train anew with a share in `split: {test: …}` or a file in `dataset: {test: …}` that training "
+            "never sees",
         )
 
 

@@ -1,12 +1,15 @@
-"""Device memory that has run out: the error, what gives memory back, and the same work with less at a time."""
+"""Device memory that has run out: the error, what gives memory back, the same work with less at a time, or the end."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
+
+from laras.errors import OutOfMemoryError
 
 # Raised by the CUDA allocator; an allocation that fails on CPU ends in RuntimeError or in the kernel's killer.
 DeviceOutOfMemory = torch.cuda.OutOfMemoryError
@@ -41,3 +44,22 @@ def with_fewer_rows(work: Callable[[int], Result], rows: int, on_smaller: Callab
         free_caches()
         on_smaller(rows, rows // 2, text)
         rows //= 2
+
+
+@contextmanager
+def required(what: str) -> Iterator[None]:
+    """The block takes memory that no smaller batch makes less.
+
+    Raises:
+        OutOfMemoryError: It does not fit.
+    """
+    try:
+        yield
+        return
+    except DeviceOutOfMemory as error:
+        text = str(error).partition("\n")[0]
+    raise OutOfMemoryError(
+        f"no room on the device for {what}: {text}",
+        hint="another program may hold its memory (`laras doctor` shows what is free); else take less in a new run: "
+        "load_in_4bit: true, optim: paged_adamw_8bit, a lower lora_r",
+    )

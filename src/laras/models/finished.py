@@ -17,6 +17,7 @@ from laras.errors import CheckpointError, RunStateError
 from laras.models.loader import load_model
 from laras.models.unsloth import is_imported
 from laras.records import PlanChoices, Precision
+from laras.whole_folder import require_whole
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,18 @@ class FinishedModels:
             yield self._tuned
 
 
+def require_final(final_dir: Path) -> None:
+    """Refuses a finished run's `final/` that is not as training left it.
+
+    Raises:
+        CheckpointError: When it is missing or damaged.
+    """
+    again = f"`laras resume {final_dir.parent} --checkpoint N` with its last step writes it anew"
+    if not final_dir.is_dir():
+        raise CheckpointError(f"{final_dir} is missing", hint=again)
+    require_whole(final_dir, again)
+
+
 def load_finished(config: RunConfig, choices: PlanChoices, final_dir: Path, device: torch.device) -> FinishedModels:
     """Loads base and tuned model in the formats that training used, in evaluation mode.
 
@@ -58,15 +71,11 @@ def load_finished(config: RunConfig, choices: PlanChoices, final_dir: Path, devi
         device: Where to put them; on a CPU a run in fp16 is computed in fp32.
 
     Raises:
-        CheckpointError: When `final/` is missing or incomplete.
+        CheckpointError: When `final/` is missing or damaged.
         RunStateError: When this process has Unsloth.
         ConfigError: When the base cannot be loaded.
     """
-    weights = "model.safetensors.index.json" if choices.finetuning_type == "full" else "adapter_config.json"
-    if not any((final_dir / name).is_file() for name in (weights, "model.safetensors")):
-        raise CheckpointError(
-            f"{final_dir} holds no finished model", hint="finish the run with `laras resume`, or restore the folder"
-        )
+    require_final(final_dir)
     if is_imported():
         raise RunStateError(
             "Unsloth has changed transformers in this process, and a score or an answer is that of unchanged layers",

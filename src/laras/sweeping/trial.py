@@ -19,8 +19,8 @@ from laras.rundir import CONFIG_NAME, RunDir
 from laras.sweep_record import trial_dir
 from laras.sweeping.space import with_values
 from laras.sweeping.study import StudyTrial, StudyUnwritableError
-from laras.training.checkpoints import WRITE_ERRORS
 from laras.training.signals import StopRequest
+from laras.whole_folder import WRITE_ERRORS
 
 TIME_LIMIT = "the time limit of the sweep"
 

@@ -1,29 +1,21 @@
 """Checkpoints: `checkpoints/step-N/`, complete with a digest of every file, or not there at all.
 
-A checkpoint is written into a hidden folder beside its place, every file synced and listed with its SHA-256 in
-`manifest.json`, and the folder is then renamed. One that no longer matches its manifest is set aside as
-`step-N.damaged`, with the reason in it, and the one before it is used.
+One that no longer matches its manifest is set aside as `step-N.damaged`, with the reason in it, and the one before it
+is used.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from laras.errors import CheckpointError, TrainingAborted
 from laras.progress import Observer
-from laras.record_base import write_atomically
+from laras.whole_folder import WRITE_ERRORS, folder_problems, require_whole, write_whole
 
-MANIFEST_NAME = "manifest.json"
 REASON_NAME = "damaged.txt"
-WRITE_ERRORS = (OSError, SafetensorError)  # the second is how safetensors tells of a full disk
 _STEP_FOLDER = re.compile(r"step-(\d+)")
 
 
@@ -44,29 +36,6 @@ def save_checkpoint(folder: Path, step: int, write_files: Callable[[Path], None]
         raise unwritable(f"the checkpoint of step {step}", folder, error) from error
 
 
-def write_whole(folder: Path, write_files: Callable[[Path], None]) -> Path:
-    """Writes a sealed folder aside and renames it to its place, where an older one gives way.
-
-    Raises:
-        OSError, SafetensorError: As writing does; the older folder is then still there.
-    """
-    aside, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    for leftover in (aside, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
-        write_files(aside)
-        seal_folder(aside)
-        if folder.exists():
-            folder.rename(old)
-        aside.rename(folder)
-        _sync(folder.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
-    return folder
-
-
 def unwritable(what: str, folder: Path, error: Exception) -> TrainingAborted:
     """The error of something that cannot be written below `folder`."""
     if isinstance(error, shutil.Error):  # of a copy: one line a file, of which the first says enough
@@ -81,48 +50,6 @@ def unwritable(what: str, folder: Path, error: Exception) -> TrainingAborted:
         f"{what} cannot be written: {reason}{free}",
         hint="make room, then go on with `laras resume`; every checkpoint that is there is whole",
     )
-
-
-def seal_folder(folder: Path) -> None:
-    """Syncs every file of a folder and writes their digests to its manifest."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
-    for path in files:
-        _sync(path)
-    digests = {path.relative_to(folder).as_posix(): _file_digest(path) for path in files}
-    write_atomically(folder / MANIFEST_NAME, json.dumps(digests, indent=2) + "\n")
-    _sync(folder)
-
-
-def verify_checkpoint(folder: Path) -> None:
-    """Compares every file with the manifest.
-
-    Raises:
-        CheckpointError: Naming each file that is missing, altered or not of the checkpoint.
-    """
-    problems = checkpoint_problems(folder)
-    if problems:
-        raise CheckpointError(
-            f"checkpoint {folder.name} is damaged", problems=problems, hint="resume from an earlier checkpoint"
-        )
-
-
-def checkpoint_problems(folder: Path) -> list[str]:
-    """What is wrong with a sealed folder, a file a line; nothing of it is loaded to find out."""
-    try:
-        if not _is_plain_file(folder / MANIFEST_NAME):
-            return [f"{MANIFEST_NAME}: missing"]
-        digests = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        present = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
-        unknown = sorted(present - set(digests) - {MANIFEST_NAME})
-        problems = [f"{_shown(name)}: not of this checkpoint" for name in unknown]
-        for name, digest in digests.items():
-            if name not in present:  # so is a name that leads out of the folder
-                problems.append(f"{_shown(name)}: missing")
-            elif not _is_plain_file(folder / name) or _file_digest(folder / name) != digest:
-                problems.append(f"{_shown(name)}: altered")
-    except (OSError, ValueError, AttributeError, TypeError, RecursionError) as error:
-        problems = [f"{MANIFEST_NAME}: {type(error).__name__}"]
-    return problems
 
 
 def choose_checkpoint(folder: Path, step: int | None, observer: Observer) -> Path | None:
@@ -145,10 +72,10 @@ def choose_checkpoint(folder: Path, step: int | None, observer: Observer) -> Pat
         if chosen is None:
             known = ", ".join(str(known_step) for known_step, _ in found) or "none"
             raise CheckpointError(f"the run has no checkpoint of step {step}", hint=f"it has: {known}")
-        verify_checkpoint(chosen)
+        require_whole(chosen, "resume from an earlier checkpoint")
         return chosen
     for _, path in reversed(found):
-        problems = checkpoint_problems(path)
+        problems = folder_problems(path)
         if not problems:
             return path
         aside = set_aside(path, problems)
@@ -210,26 +137,3 @@ def remove_old_checkpoints(folder: Path, keep: int, best_step: int | None) -> No
             shutil.rmtree(gone, ignore_errors=True)
     for leftover in (*folder.glob(".step-*.removed"), *folder.glob(".step-*.partial"), *folder.glob(".step-*.old")):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-def _is_plain_file(path: Path) -> bool:
-    """A file of its own: no link, and no pipe that would be waited for."""
-    return path.is_file() and not path.is_symlink()
-
-
-def _shown(name: str) -> str:
-    """A name as one line of printable text, whatever is in it."""
-    return repr(name[:200])[1:-1]
-
-
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

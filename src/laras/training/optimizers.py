@@ -1,4 +1,4 @@
-"""The optimizers of bitsandbytes without their waiting, and with paged states after a resume, too.
+"""Optimizers with states from the start; those of bitsandbytes without their waiting, and paged after a resume, too.
 
 Upstream's `step` waits for the device after every parameter: an adapter has hundreds, each of which costs a round trip
 of some 50 microseconds. Its kernels and its prefetching run in order on one stream, so nothing needs the waiting but a
@@ -32,6 +32,32 @@ def queue_steps(optimizer: Optimizer) -> Optimizer:
 def is_bitsandbytes(optimizer: Any) -> bool:
     """Whether an optimizer keeps its states as bitsandbytes does."""
     return any(kind.__module__.startswith("bitsandbytes.") for kind in type(optimizer).__mro__)
+
+
+def inner_of(optimizer: Any) -> Any:
+    """Without the wrapper of accelerate."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def create_states(optimizer: Any) -> None:
+    """Makes every state that is missing as the first step would make it, so that no step takes memory for them.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: They do not fit; no step has been taken yet.
+    """
+    for group_index, group in enumerate(optimizer.param_groups):
+        if is_bitsandbytes(optimizer):
+            _make_ready(optimizer)
+            for index, parameter in enumerate(group["params"]):
+                if not optimizer.state[parameter]:
+                    optimizer.init_state(group, parameter, group_index, index)
+            continue
+        try:
+            for parameter in group["params"]:  # one without gradient gets no state; these take no room
+                parameter.grad = parameter.new_zeros(()).expand_as(parameter)
+            optimizer._init_group(group, [], [], [], [], [], [])
+        finally:
+            optimizer.zero_grad()
 
 
 def settle(optimizer: Any) -> None:
@@ -71,10 +97,7 @@ def _step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
     if closure is not None:
         with torch.enable_grad():
             loss = closure()
-    if not self.initialized:
-        self.check_overrides()
-        self.to_gpu()
-        self.initialized = True
+    _make_ready(self)
     for group_index, group in enumerate(self.param_groups):
         for index, parameter in enumerate(group["params"]):
             if parameter.grad is None:
@@ -84,3 +107,10 @@ def _step(self: Any, closure: Callable[[], Any] | None = None) -> Any:
             self.prefetch_state(parameter)
             self.update_step(group, parameter, group_index, index)
     return loss
+
+
+def _make_ready(optimizer: Any) -> None:
+    if not optimizer.initialized:
+        optimizer.check_overrides()
+        optimizer.to_gpu()
+        optimizer.initialized = True

@@ -24,15 +24,7 @@ from laras.records import BestCheckpoint, Measured, RunEvent, RunResult, RunStat
 from laras.training.batches import TokenRows, TrainBatches
 from laras.training.callbacks.memory import MemoryMonitor
 from laras.training.callbacks.metrics_log import MetricsLog
-from laras.training.checkpoints import (
-    WRITE_ERRORS,
-    checkpoint_problems,
-    damaged_checkpoints,
-    set_later_aside,
-    unwritable,
-    verify_checkpoint,
-    write_whole,
-)
+from laras.training.checkpoints import damaged_checkpoints, set_later_aside, unwritable
 from laras.training.drift import check_resume, identity_of
 from laras.training.numbers import Stopping
 from laras.training.revision import Revisions
@@ -41,6 +33,7 @@ from laras.training.state import Counters, load_weights, publish_model, read_sta
 from laras.training.trackers import Trackers, build_trackers
 from laras.training.trainer import LarasTrainer
 from laras.training.upstream import SFTConfig
+from laras.whole_folder import WRITE_ERRORS, folder_problems, require_whole, write_whole
 
 
 def run_training(
@@ -68,7 +61,7 @@ def run_training(
         model: The base with its adapter attached, or the whole model.
         tokenizer: Saved beside the weights.
         train_rows: Tokenised rows with `input_ids` and `labels`.
-        validation_rows: The same.
+        validation_rows: The same; where there is none, the last model is the final one.
         run_dir: The run's directory, which this process owns.
         observer: Is told what happens.
         callbacks: Further callbacks.
@@ -86,7 +79,7 @@ def run_training(
         TrainingAborted: Numbers that do not train, memory that no split cures, or a disk that is full.
     """
     if resume_from is not None:
-        verify_checkpoint(resume_from)
+        require_whole(resume_from, "resume from an earlier checkpoint")
     rows = TokenRows(train_rows)
     identity = identity_of(
         config, plan, tokenizer,
@@ -154,7 +147,7 @@ class _Run:
     ) -> LarasTrainer:
         """The trainer of this run."""
         choices = self._plan.choices
-        args = sft_config(self._config, self._plan, self._run_dir)
+        args = sft_config(self._config, self._plan, self._run_dir, validates=len(validation_rows) > 0)
         args._n_gpu = min(1, args.n_gpu)  # a process has one GPU; upstream would refuse to see several
         if path_of(model).checkpoints_itself:
             args.gradient_checkpointing = False
@@ -177,7 +170,7 @@ class _Run:
             memory=MemoryMonitor(args.device, self._plan.memory.train_peak_allocated_bytes, self._observer),
             stop=stop,
             max_skipped_steps=self._config.max_skipped_steps,
-            rehearsal_later_bytes=self._plan.memory.components.get("optimizer", 0) if rehearse else None,
+            rehearse=rehearse,
             on_new_size=lambda event: self._revisions.note(event, counters, batches),
             on_best=self._publish_best,
             model=model,
@@ -240,7 +233,7 @@ class _Run:
         """`final/`: the best model, or the last one where there is no best; the model in memory is the same."""
         counters = trainer.counters
         best = self._run_dir / "checkpoints" / f"step-{counters.best_step}"
-        if counters.best_step is not None and checkpoint_problems(best):
+        if counters.best_step is not None and folder_problems(best):
             trainer.note("best_lost", f"{best.name} is damaged or missing; the last model is kept instead")
             counters.best_step = counters.best_loss = None
         if counters.best_step is not None:
@@ -290,7 +283,7 @@ class _Run:
         return result
 
 
-def sft_config(config: RunConfig, plan: TrainPlan, run_dir: Path) -> SFTConfig:
+def sft_config(config: RunConfig, plan: TrainPlan, run_dir: Path, *, validates: bool) -> SFTConfig:
     """The arguments of TRL's trainer: optimization from the configuration, execution from the plan."""
     choices = plan.choices
     return SFTConfig(
@@ -316,7 +309,7 @@ def sft_config(config: RunConfig, plan: TrainPlan, run_dir: Path) -> SFTConfig:
         full_determinism=config.full_determinism,
         logging_steps=choices.logging_steps,
         logging_nan_inf_filter=False,
-        eval_strategy="steps",
+        eval_strategy="steps" if validates else "no",
         eval_steps=choices.eval_steps,
         save_strategy="steps",
         save_steps=choices.save_steps,

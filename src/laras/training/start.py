@@ -18,9 +18,10 @@ from laras.data.store import read_tokens
 from laras.errors import CheckpointError, RunStateError
 from laras.records import ParentRun, RunResult, SplitManifest, TrainPlan
 from laras.rundir import RunDir, is_held, read_holder
-from laras.training.checkpoints import MANIFEST_NAME, checkpoint_problems, choose_checkpoint, list_checkpoints
+from laras.training.checkpoints import choose_checkpoint, list_checkpoints
 from laras.training.drift import weights_digest
 from laras.training.state import ADAPTER_NAME, MODEL_NAME, publish_model, read_state
+from laras.whole_folder import MANIFEST_NAME, folder_problems, require_whole
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -138,13 +139,10 @@ def _weights_of(run: RunDir, checkpoint: int | None, observer: Observer) -> Path
         return chosen
     for folder in (run.best, run.final):
         if folder.is_dir():
-            if problems := checkpoint_problems(folder):
-                raise CheckpointError(
-                    f"{folder} is damaged", problems=problems, hint="name one of its checkpoints with --checkpoint N"
-                )
+            require_whole(folder, "name one of its checkpoints with --checkpoint N")
             return folder
     for _, folder in reversed(list_checkpoints(run.checkpoints)):  # not ours: a damaged one stays where it is
-        if not checkpoint_problems(folder):
+        if not folder_problems(folder):
             return folder
     raise CheckpointError(f"{run.path} holds no weights yet", hint="start from a run that has saved a checkpoint")
 
@@ -189,7 +187,7 @@ def _weights_sha256(folder: Path) -> str:
 
 
 def _require_recorded(run: RunDir, record: ParentRun) -> None:
-    problems = checkpoint_problems(run.start)
+    problems = folder_problems(run.start)
     if not problems and _weights_sha256(run.start) != record.weights_sha256:
         problems = ["the weights are not those of the record"]
     if problems:

@@ -24,13 +24,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from laras.errors import CheckpointError
-from laras.training.checkpoints import write_whole
 from laras.training.numbers import LossWatch, Stopping
-from laras.training.optimizers import is_bitsandbytes, page_states, settle
+from laras.training.optimizers import inner_of, is_bitsandbytes, page_states, settle
+from laras.whole_folder import MANIFEST_NAME, write_whole
 
 ADAPTER_NAME, MODEL_NAME = "adapter_model.safetensors", "model.safetensors"
 OPTIMIZER_NAME, STATE_NAME = "optimizer.safetensors", "training.json"
-STATE_FILES = (OPTIMIZER_NAME, STATE_NAME, "trainer_state.json", "manifest.json")  # not part of a model
+STATE_FILES = (OPTIMIZER_NAME, STATE_NAME, "trainer_state.json", MANIFEST_NAME)  # not part of a model
 
 
 @dataclass
@@ -69,7 +69,7 @@ def save_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> dict[str, An
 
     A state may hold tensors by name, or, as that of the 8-bit optimizers, in a dictionary below one.
     """
-    settle(_inner(optimizer))
+    settle(inner_of(optimizer))
     state = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
 
@@ -102,18 +102,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, path: Path, rest: dict[str,
         {key: tuple(value) if isinstance(own.get(key), tuple) else value for key, value in group.items()}
         for group, own in zip(rest["groups"], optimizer.param_groups, strict=True)
     ]
-    saved, inner = {"state": state, "param_groups": groups}, _inner(optimizer)
+    saved, inner = {"state": state, "param_groups": groups}, inner_of(optimizer)
     if is_bitsandbytes(inner):  # what is to be paged does not pass through the device's own memory
         inner.load_state_dict(saved, move_to_device=False)
         page_states(inner)
         inner.to_gpu()
     else:
         optimizer.load_state_dict(saved)
-
-
-def _inner(optimizer: Any) -> Any:
-    """Without the wrapper of accelerate."""
-    return getattr(optimizer, "optimizer", optimizer)
 
 
 def random_states() -> dict[str, Any]:

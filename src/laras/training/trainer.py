@@ -26,6 +26,7 @@ from transformers.trainer_callback import TrainerControl
 from transformers.trainer_utils import TrainOutput
 
 from laras.errors import ConfigError, TrainingAborted
+from laras.models.device_memory import required
 from laras.models.loader import keep_4bit_exact
 from laras.models.step import TrainStep
 from laras.progress import Observer, StepReport, ValidationReport
@@ -36,7 +37,7 @@ from laras.training.callbacks.memory import MemoryMonitor
 from laras.training.checkpoints import remove_old_checkpoints, save_checkpoint
 from laras.training.drift import Identity
 from laras.training.gradients import StepGradients
-from laras.training.optimizers import queue_steps
+from laras.training.optimizers import create_states, inner_of, queue_steps
 from laras.training.rehearsal import rehearse
 from laras.training.signals import EvaluationStopped, StoppableProgress, StopRequest
 from laras.training.speed import Speed
@@ -59,7 +60,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         max_skipped_steps: Bad steps in a row that end the run.
         on_best: Told the checkpoint of a new best model.
         on_new_size: Told when memory ran out and batches got smaller, by the first process.
-        rehearsal_later_bytes: What the first optimizer step will allocate; None: no rehearsal.
+        rehearse: Try the largest batches before the first step.
         sft_arguments: Those of SFTTrainer.
     """
 
@@ -77,7 +78,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         max_skipped_steps: int,
         on_best: Callable[[Path], None],
         on_new_size: Callable[[RunEvent], None],
-        rehearsal_later_bytes: int | None = None,
+        rehearse: bool,
         **sft_arguments: Any,
     ) -> None:
         trained = {
@@ -99,7 +100,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         self.counters, self.batches, self.memory = counters, batches, memory
         self._checkpoints, self._observer = checkpoints, observer
         self._identity, self._stop, self._max_skipped_steps = identity, stop, max_skipped_steps
-        self._on_best, self._on_new_size, self._rehearsal_later_bytes = on_best, on_new_size, rehearsal_later_bytes
+        self._on_best, self._on_new_size, self._rehearses = on_best, on_new_size, rehearse
         self._begun = False
         self._saved_random_states: dict[str, Any] | None = None
         self._gradients = StepGradients(
@@ -176,8 +177,10 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             state.restore_random_states(self._saved_random_states)
         else:  # whatever trackers and callbacks have drawn
             set_seed(self.args.seed + self.args.process_index)
-        if self._rehearsal_later_bytes is not None:
-            self._rehearse(self._rehearsal_later_bytes)
+        with required("the optimizer's states"):
+            create_states(inner_of(self.optimizer))
+        if self._rehearses:
+            self._rehearse()
         if self.counters.stopped:
             self.control.should_training_stop = True
         elif self.counters.evaluation_due:
@@ -225,7 +228,8 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
     def _optimizer_step(self, learned: bool) -> None:
         if not learned and self.accelerator.scaler is None:
             self._forget_gradients()  # an optimizer leaves a parameter without gradient alone
-        self.optimizer.step()  # a gradient scaler skips bad steps itself, and has to see them
+        with required("the optimizer's step"):
+            self.optimizer.step()  # a gradient scaler skips bad steps itself, and has to see them
 
     def _after_step(self, loss: float, grad_norm: float, learning_rate: float, stop: bool) -> None:
         total = self.state.max_steps
@@ -329,18 +333,19 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             if is_best and self.is_world_process_zero():
                 self._on_best(saved)
 
-    def _rehearse(self, later_bytes: int) -> None:
+    def _rehearse(self) -> None:
         """The largest micro-batch through forward and backward, and one evaluation batch; leaves no trace."""
-        rows, largest = self.eval_dataset, self.batches.longest()
-        longest = (-TokenRows(rows).lengths).argsort(kind="stable")
-        sample = rows.select(longest[: self.args.per_device_eval_batch_size])
+        largest, longest = self.batches.longest(), (-TokenRows(self.eval_dataset).lengths).argsort(kind="stable")
+        sample = self.eval_dataset.select(longest[: self.args.per_device_eval_batch_size])
+        steps: list[Callable[[], object]] = [lambda: self._gradients.rehearse(largest)]
+        if len(sample):
+            steps.append(lambda: self._validation.score(sample, Observer()))
         rehearsal = rehearse(
             self.model,
             self.args.device,
-            (lambda: self._gradients.rehearse(largest), lambda: self._validation.score(sample, Observer())),
+            steps,
             peak_bytes=self.memory.current_bytes,
             planned_bytes=self.memory.planned_bytes,
-            later_bytes=0 if self._saved_random_states is not None else later_bytes,
         )
         self._observer.message(f"rehearsal of the largest batch: {rehearsal}")
         event = RunEvent(step=self.state.global_step, kind="rehearsal", detail=str(rehearsal))
