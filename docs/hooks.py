@@ -89,6 +89,8 @@ def cli_page() -> str:
     for name, command in group.commands.items():
         usage = " ".join(["laras", name, *(_usage(p) for p in command.params if p.param_type_name == "argument")])
         lines += ["", f"## laras {name}", "", command.help or "", "", "```text", usage + " [OPTIONS]", "```", ""]
+        if command.epilog:
+            lines += ["```sh", *command.epilog.splitlines()[1:], "```", ""]
         lines += ["| argument or option | meaning | default |", "|---|---|---|"]
         lines += [_parameter_row(parameter) for parameter in command.params]
     lines += ["", "## Completion", "", "`laras --install-completion` sets it up for the shell in use.", ""]

@@ -87,7 +87,7 @@ def test_the_export_command_prints_the_folder_and_the_checked_difference(run, tm
     done = CliRunner().invoke(app, ["export", str(run), "-o", str(tmp_path / "b"), "--json"], catch_exceptions=False)
     assert json.loads(done.stdout) == {
         "path": str(tmp_path / "b"), "format": "adapter", "max_logit_difference": None, "tolerance": None, "url": None,
-        "compared_with": "the adapter model",
+        "compared_with": "the adapter model", "rounding_logit_difference": None,
     }  # fmt: skip
     assert (
         CliRunner().invoke(app, ["export", str(run), "--output", str(tmp_path / "c")]).output == f"{tmp_path / 'c'}\n"

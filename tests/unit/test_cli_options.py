@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
 
+from laras.cli.main import app
 from laras.cli.options import print_json, read_config, split_arguments
 from laras.cli.sweep import sweep_command
 from laras.errors import ConfigError
@@ -60,3 +68,42 @@ def test_a_search_written_as_a_value_is_told_the_option() -> None:
     with pytest.raises(ConfigError, match="what to search") as caught:
         sweep_command(["learning_rate=1e-5..1e-3:log", "--lora-r", "4,8", "weight_decay=0.1", "report_to=[]"])
     assert caught.value.hint == "write --search learning_rate=1e-5..1e-3:log --search lora_r=4,8"
+
+
+VERBS: Any = get_command(app)
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS.commands])
+def test_help_fits_80_columns_and_asks_for_no_value_where_none_is_taken(verb: str) -> None:
+    shown = CliRunner().invoke(app, [*verb.split(), "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).output
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "<bool>" not in shown and "bool" not in shown
+    if not verb:  # a line for each verb, in the order of use
+        panels = [shown.index(title) for title in ("Before training", "Training", "After training")]
+        places = [shown.index(f"│ {name} ") for name in VERBS.commands]
+        assert places == sorted(places) and panels == sorted(panels)
+
+
+@pytest.mark.parametrize(
+    "example", [line for verb in VERBS.commands.values() for line in (verb.epilog or "").splitlines()[1:]]
+)
+def test_every_example_of_help_is_understood_by_its_verb(example: str) -> None:
+    program, verb, *words = shlex.split(example)
+    assert program == "laras"
+    values = VERBS.commands[verb].make_context(verb, words).params
+    if "arguments" in values:
+        config, _ = read_config([word for word in values["arguments"] if word != "laras.yaml"])
+        assert config is not None
+
+
+@pytest.mark.parametrize("shell", ["zsh", "fish"])  # bash: tests/e2e/test_cli.py
+def test_shells_complete_verbs_options_and_cards(shell: str) -> None:
+    def completed(words: str) -> str:
+        asked = {"_TYPER_COMPLETE_ARGS": words, "_TYPER_COMPLETE_FISH_ACTION": "get-args"}
+        env = os.environ | asked | {"_LARAS_COMPLETE": f"complete_{shell}"}
+        code = "import sys; sys.argv = ['laras']\nfrom laras.cli.main import main\nmain()"
+        return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False).stdout
+
+    assert "export" in completed("laras ex")
+    assert "--format" in completed("laras export runs/one --fo")
+    assert "rtx4090" in completed("laras plan --gpu rtx4")

@@ -25,19 +25,29 @@ _HELP = (
 
 def chat_command(
     run: RunArgument,
-    prompt: Annotated[str | None, typer.Option("--prompt", "-p", help="Answer this once and exit.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", "-p", metavar="TEXT", help="Answer this once and exit.")
+    ] = None,
     base: Annotated[bool, typer.Option("--base", help="Let the base model answer.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Let both models answer.")] = False,
-    system: Annotated[str | None, typer.Option("--system", help="System message of the conversation.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
-    temperature: Annotated[
-        float | None, typer.Option(min=0, help="0: the likeliest token always; default: the model's own setting.")
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="System message of the conversation.")
     ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0.01, max=1, help="Nucleus of the sampling.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(metavar="TOKENS", min=1, help="Longest answer.")] = 512,
+    temperature: Annotated[
+        float | None,
+        typer.Option(metavar="NUMBER", min=0, help="0: the likeliest token always; default: the model's own setting."),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(metavar="NUMBER", min=0.01, max=1, help="Nucleus of the sampling.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(metavar="NUMBER", min=0, help="Makes sampling repeatable.")] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Talk to the tuned model; streams its answers."""
+    """Talk to the tuned model, or to its base.
+
+    /base and /tuned choose who answers, /compare asks both, /reset forgets, /quit ends; Ctrl-C ends an answer only.
+    """
     if as_json and prompt is None:
         raise ConfigError("--json needs --prompt", hint="laras chat RUN --prompt 'What is ...?' --json")
     from laras.rundir import RunDir

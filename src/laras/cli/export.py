@@ -30,19 +30,26 @@ class GgufQuantization(StrEnum):
 
 def export_command(
     run: RunArgument,
-    format: Annotated[ExportFormat, typer.Option("--format", "-f", help="What to write.")] = ExportFormat.ADAPTER,
+    format: Annotated[
+        ExportFormat, typer.Option("--format", "-f", metavar="FORMAT", help="adapter, merged, gguf or ollama.")
+    ] = ExportFormat.ADAPTER,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The folder to make; default: export/FORMAT in the run.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FOLDER", help="The folder to make; default: export/FORMAT in the run."),
     ] = None,
     quantization: Annotated[
-        GgufQuantization, typer.Option("--quantization", "-q", help="Of gguf and ollama.")
+        GgufQuantization, typer.Option("--quantization", "-q", metavar="KIND", help="Of gguf and ollama: f16 or q8_0.")
     ] = GgufQuantization.F16,
     push: Annotated[
-        str | None, typer.Option("--push", help="Upload to this Hub repository, private when new.", metavar="REPO")
+        str | None,
+        typer.Option("--push", help="Upload to this Hub repository, private when new.", metavar="OWNER/NAME"),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the tuned model as adapter, merged weights, GGUF or for Ollama; the result is checked."""
+    """Write the model for other tools: adapter, merged, gguf, ollama.
+
+    What is written is loaded again and compared; what differs is not kept. A model card says how good it is.
+    """
     from laras.rundir import RunDir
 
     RunDir(run).require()

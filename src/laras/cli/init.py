@@ -12,10 +12,10 @@ from laras.errors import ConfigError
 
 
 def init_command(
-    path: Annotated[Path, typer.Argument(help="Where to write the configuration.")] = Path("laras.yaml"),
+    path: Annotated[Path, typer.Argument(metavar="[FILE]", help="Where to write.")] = Path("laras.yaml"),
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
-    """Write a short commented configuration."""
+    """Write a short, commented configuration."""
     text = resources.files("laras.resources").joinpath("laras.yaml").read_text(encoding="utf-8")
     try:
         with path.open("w" if force else "x", encoding="utf-8") as file:

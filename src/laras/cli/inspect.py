@@ -27,7 +27,7 @@ _SHOWN_STATISTICS = ("rows", "min", "median", "mean", "p90", "p95", "p99", "max"
 
 
 def inspect_command(arguments: ConfigArguments = None, as_json: JsonOption = False) -> None:
-    """Show format, token lengths, duplicates, splits and problems of the data."""
+    """Show what the data is: format, lengths, duplicates, splits, bad rows."""
     from laras.pipeline import inspect
 
     config, _ = read_config(arguments)

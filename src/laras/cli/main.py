@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -15,7 +16,7 @@ from laras.cli.doctor import doctor_command
 from laras.cli.export import export_command
 from laras.cli.init import init_command
 from laras.cli.inspect import inspect_command
-from laras.cli.options import OVERRIDES
+from laras.cli.options import OVERRIDES, Verb, Verbs
 from laras.cli.plan import plan_command
 from laras.cli.report import report_command
 from laras.cli.runs import runs_command
@@ -26,22 +27,34 @@ from laras.errors import LarasError
 from laras.models.cold_start import own_process
 
 app = typer.Typer(
+    cls=Verbs,
     help="Fine-tune a language model on one GPU: a file of examples in, a tuned model with an honest score out.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.command("init")(init_command)
-app.command("doctor")(doctor_command)
-app.command("inspect", context_settings=OVERRIDES)(inspect_command)
-app.command("plan", context_settings=OVERRIDES)(plan_command)
-app.command("train", context_settings=OVERRIDES)(train_command)
-app.command("resume")(resume_command)
-app.command("sweep", context_settings=OVERRIDES)(sweep_command)
-app.command("test")(test_command)
-app.command("report")(report_command)
-app.command("chat")(chat_command)
-app.command("export")(export_command)
-app.command("runs")(runs_command)
+
+
+def _add(panel: str, name: str, verb: Callable[..., None], *examples: str, overrides: bool = False) -> None:
+    shown = "\n".join(["Examples:", *(f"laras {name} {example}" for example in examples)]) if examples else None
+    app.command(name, cls=Verb, rich_help_panel=panel, epilog=shown, context_settings=OVERRIDES if overrides else None)(
+        verb
+    )
+
+
+_add("Before training", "init", init_command)
+_add("Before training", "doctor", doctor_command)
+_add("Before training", "inspect", inspect_command, "laras.yaml", "laras.yaml on_bad_rows=skip", overrides=True)
+_add("Before training", "plan", plan_command, "laras.yaml", "laras.yaml --gpu t4 max_length=1024", overrides=True)
+_add("Training", "train", train_command, "laras.yaml", "laras.yaml learning_rate=1e-4 --test", "--from RUN",
+     overrides=True)  # fmt: skip
+_add("Training", "resume", resume_command, "RUN", "RUN --checkpoint 40")
+_add("Training", "sweep", sweep_command, "laras.yaml", "laras.yaml --search learning_rate=1e-5..1e-3:log --trials 20",
+     overrides=True)  # fmt: skip
+_add("After training", "test", test_command, "RUN", "RUN --max-samples 200")
+_add("After training", "report", report_command, "RUN", "RUN RUN --output comparison.html")
+_add("After training", "chat", chat_command, "RUN", "RUN --prompt 'What is ...?' --compare")
+_add("After training", "export", export_command, "RUN --format merged", "RUN --format gguf --quantization q8_0")
+_add("After training", "runs", runs_command)
 
 
 def main() -> None:

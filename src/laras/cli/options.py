@@ -9,11 +9,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from laras.errors import ConfigError
 
 if TYPE_CHECKING:
     from laras.config import RunConfig
+
+
+class _Shown:
+    """How help shows parameters: a flag takes no value, and usage names an argument as its `metavar` does."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """Parameters of the command, the options that typer adds included."""
+        params = super().get_params(ctx)  # type: ignore[misc]
+        for one in params:
+            if getattr(one, "is_flag", False):
+                one.metavar = ""  # typer would say <bool>, as if it took one
+        return params
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """The words behind the command's name in its usage."""
+        arguments = [one.metavar or "" for one in self.get_params(ctx) if one.param_type_name == "argument"]
+        return [*arguments, "[OPTIONS]"]
+
+
+class Verb(_Shown, TyperCommand):
+    """A verb of the command line."""
+
+
+class Verbs(_Shown, TyperGroup):
+    """All of them."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """One verb and what it takes."""
+        return ["COMMAND", "..."]
+
 
 # Options that the verb does not know are overrides of the configuration.
 OVERRIDES = {"ignore_unknown_options": True, "allow_interspersed_args": True}
@@ -22,8 +53,7 @@ ConfigArguments = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[CONFIG] [KEY=VALUE]...",
-        help="A YAML file (without one: the built-in example), then overrides: learning_rate=1e-4 or "
-        "--learning-rate 1e-4.",
+        help="A YAML file, without one the built-in example; then keys of it: lora_r=8 or --learning-rate 1e-4.",
         show_default=False,
     ),
 ]
@@ -40,12 +70,12 @@ RunArgument = Annotated[
     Path,
     typer.Argument(
         metavar="RUN",
-        help="The directory of a run, or of a sweep, which stands for its final model.",
+        help="Directory of a run, or of a sweep, which stands for its final model.",
         show_default=False,
         callback=_final_run,
     ),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object, for programs.")]
 
 
 def read_config(arguments: Sequence[str] | None, from_run: Path | None = None) -> tuple[RunConfig, str | None]:

@@ -44,13 +44,17 @@ def plan_command(
         str | None,
         typer.Option(
             "--gpu",
-            help="Plan for this card instead of the local one: t4, l4, rtx4090, h100 …",
+            metavar="CARD",
+            help="Plan for this card instead of the local one: t4, l4, rtx4090, h100 ...",
             autocompletion=_gpu_names,
         ),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Show what would run and why, predicted memory and time; exit code 4 when it does not fit."""
+    """Show what would run and why, with predicted memory and time.
+
+    Nothing starts. When nothing fits, the exit code is 4, and single changes that would make it fit are listed.
+    """
     from laras.config_file import load_config
     from laras.pipeline import plan
     from laras.planning.presentation import plan_json

@@ -9,12 +9,19 @@ import typer
 
 
 def report_command(
-    runs: Annotated[list[Path], typer.Argument(help="One run, or several to compare.", show_default=False)],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN...", help="A run or a sweep, or several to compare.", show_default=False),
+    ],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Where to write; default: report.html in the run.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="Where to write; default: report.html in the run."),
     ] = None,
 ) -> None:
-    """Write one self-contained HTML page: scores, curves, memory, data, plan; several runs are compared."""
+    """Write one HTML page about a run, or about several compared.
+
+    Scores, curves, memory, data, plan. Nothing is loaded from a network; of a run that trains it shows what is there.
+    """
     from laras.rundir import RunDir
     from laras.sweep_record import is_sweep
 

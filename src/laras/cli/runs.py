@@ -11,10 +11,15 @@ from laras.cli.options import JsonOption, print_json
 
 
 def runs_command(
-    output_dir: Annotated[Path, typer.Argument(help="The folder of the runs, or a sweep.")] = Path("runs"),
+    output_dir: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The folder of the runs, or a sweep.")] = Path(
+        "runs"
+    ),
     as_json: JsonOption = False,
 ) -> None:
-    """List runs with their status and scores, the best first; of a sweep its final model, or, named, its trials."""
+    """List runs with their status and scores, the best first.
+
+    Of a sweep its final model is listed; when the sweep is named, its trials.
+    """
     from laras.rundir import list_runs
     from laras.sweep_record import TRIALS_FOLDER, final_runs, is_sweep
 

@@ -37,18 +37,20 @@ SearchOption = Annotated[
 def sweep_command(
     arguments: ConfigArguments = None,
     trials: Annotated[
-        int | None, typer.Option(help="Trials in all, pruned and failed ones included.", show_default="12")
+        int | None,
+        typer.Option(metavar="NUMBER", help="Trials in all, pruned and failed ones included.", show_default="12"),
     ] = None,
     search: SearchOption = None,
     time_limit: Annotated[
-        str | None, typer.Option(help="Stop and save after this time: 45m, 2h, 1h30m.", show_default=False)
+        str | None,
+        typer.Option(metavar="TIME", help="Stop and save after this time: 45m, 2h, 1h30m.", show_default=False),
     ] = None,
     test: Annotated[bool, typer.Option("--test", help="Open the sealed test set for the final model.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Search settings by the validation loss; the same command goes on with a sweep that was stopped.
+    """Search settings by the validation loss.
 
-    CONFIG may also be the folder of a sweep, which then goes on as it is.
+    The same command goes on with a sweep that was stopped; so does the folder of the sweep in place of CONFIG.
     """
     from laras import pipeline
     from laras.sweeping.sweep import DEFAULT_TRIALS, continue_sweep, run_sweep

@@ -15,11 +15,18 @@ if TYPE_CHECKING:
 
 def test_command(
     run: RunArgument,
-    max_samples: Annotated[int | None, typer.Option(help="Score so many rows only, drawn by the run's seed.")] = None,
-    answers: Annotated[int, typer.Option(min=0, help="Let both models answer so many rows, for the report.")] = 3,
+    max_samples: Annotated[
+        int | None, typer.Option(metavar="ROWS", min=1, help="Score so many rows only, drawn by the run's seed.")
+    ] = None,
+    answers: Annotated[
+        int, typer.Option(metavar="ROWS", min=0, help="Let both models answer so many rows, for the report.")
+    ] = 3,
     as_json: JsonOption = False,
 ) -> None:
-    """Open the sealed test set of a finished run; every opening is noted in its ledger."""
+    """Score the base and the tuned model on the sealed test set.
+
+    For finished runs. Every opening of the set is noted in the run's ledger.
+    """
     from laras import pipeline
     from laras.data.sealed import read_openings
 
