@@ -177,7 +177,8 @@ def test_every_path_gives_the_loss_and_gradient_of_the_plain_padded_one(folders,
 def test_every_variant_gives_the_same(folders, expected, monkeypatch, flag, kind):
     other = dataclasses.replace(variant.CHOSEN, **{flag: not getattr(variant.CHOSEN, flag)})
     monkeypatch.setattr(variant, "CHOSEN", other)
-    for name in ("qwen2", "qwen3"):
+    monkeypatch.setattr("laras.models.fused.model.has_own_attention", lambda _: True)
+    for name in ("qwen2", "qwen3", "smollm3"):
         model = built(folders[name], gradient_checkpointing=kind != "none", checkpoint_kind=kind)
         assert model.laras_path.fused.layers[0].variant == other
         same(step(model, packed(rows())), expected(name))
@@ -330,12 +331,16 @@ def test_planning_reads_what_a_configuration_leaves_out_as_transformers_does(tmp
 
 
 @pytest.mark.parametrize("name", ["qwen3", "phi3, part rotated", "gemma"])
-def test_a_kernel_that_is_wrong_on_a_device_is_found_before_the_run(folders, name):
+def test_a_kernel_that_is_wrong_on_a_device_is_found_before_the_run(folders, monkeypatch, name):
+    own_attention = dataclasses.replace(variant.CHOSEN, document_attention=name == "qwen3")
+    monkeypatch.setattr(variant, "CHOSEN", own_attention)
     sizes = kernel_sizes(built(folders[name]), torch.bfloat16)
     assert disagreement(sizes, torch.device("cpu")) is None
     called = ["rms_norm_", "rms_norm_backward_", "rope_", "swiglu_", "swiglu_backward_"]
     if sizes.head_norm:
         called += ["head_norm_", "head_norm_backward_"]
+    if sizes.key_value_heads is not None:
+        called += ["document_attention_", "document_attention_backward_"]
 
     def leaves(*_):
         pass

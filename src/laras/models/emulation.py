@@ -151,6 +151,7 @@ def kernels_of(hardware: HardwareSpec, recorder: Recorder) -> Iterator[None]:
 def counted_kernels(recorder: Recorder) -> Iterator[None]:
     """The fused layers' own kernels, which do nothing on meta tensors, tell the recorder what they would have done."""
     from laras.models.fused import kernels, layer, lora, loss, model, offload
+    from laras.models.fused.attention import Documents
 
     def started(hidden: Tensor) -> None:
         recorder.counter.called(COPY_CALLS)
@@ -169,9 +170,10 @@ def counted_kernels(recorder: Recorder) -> Iterator[None]:
             recorder.counter.called()
             tokens, heads, channels = args[query].shape
             recorder.counter.attended(tokens, heads, channels, products)
-            # What the kernel wants contiguous, it copies.
-            copied = [one for one in args[:query] if not one.is_contiguous()]
-            copied += [one for one in args[query + 3 : query + 4] if query and not one.is_contiguous()]
+            # What FlashAttention wants contiguous, it copies; our own kernels want nothing so.
+            is_own = any(isinstance(one, Documents) and one.bounds is not None for one in args)
+            wanted = () if is_own else (*args[:query], *args[query + 3 : query + 4]) if query else ()
+            copied = [one for one in wanted if not one.is_contiguous()]
             taken = [recorder.request(one.numel() * one.element_size()) for one in copied]
             result = original(*args)
             for one in taken:
@@ -185,6 +187,7 @@ def counted_kernels(recorder: Recorder) -> Iterator[None]:
         for name, products, query in (
             ("attention", FORWARD_PRODUCTS, 0),
             ("attention_backward", BACKWARD_PRODUCTS, 1),
+            ("attention_backward_", BACKWARD_PRODUCTS, 1),
         )
     ]
     patches.append((offload, "started", started))

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laras.models.fused.attention import Documents, attention, attention_backward
+from laras.models.fused.attention import Documents, attention, attention_backward, attention_backward_
 from laras.models.fused.kernels import (
     head_norm_,
     head_norm_backward_,
@@ -313,7 +313,39 @@ def _attend_backward(
         if layer.query_norm is None:
             _turned(layer, *_heads(layer, qkv)[:2], documents)
     buffer = hidden.new_empty(hidden.shape[0], layer.qkv.outputs + layer.qkv.ranks)
-    sources, targets = _heads(layer, qkv), _heads(layer, buffer)
+    heads_backward = _all_heads_backward if documents.bounds is not None else _heads_backward
+    heads_backward(layer, attended, o_gradient, _heads(layer, qkv), _heads(layer, buffer), documents)
+    layer.o.unload()
+    gradient, dyb = layer.qkv.backward(buffer)
+    layer.qkv.unload()
+    rms_norm_backward_(hidden, layer.input_norm, layer.eps, gradient, total[:, :width], gradient)
+    layer.qkv.add_gradients(sums[0], gradient, ranks, buffer[:, : layer.qkv.outputs], dyb)
+
+
+_QueryKeyValue = tuple[Tensor, Tensor, Tensor]
+
+
+def _all_heads_backward(
+    layer: FusedLayer, attended: _Attended, o_gradient: Tensor, sources: _QueryKeyValue, targets: _QueryKeyValue,
+    documents: Documents,
+) -> None:  # fmt: skip
+    """Attention's gradients by kernels that need no room of their own, and write where the gradients belong."""
+    out, attended.out = attended.out, None
+    assert out is not None
+    raw_q, raw_k, v = sources
+    q, k = (raw_q, raw_k) if layer.query_norm is None else _turned(layer, raw_q, raw_k, documents)
+    shape = (-1, layer.heads, layer.channels)
+    gradient_THC = layer.o.input_gradient(o_gradient, slice(0, layer.o.inputs)).view(shape)
+    attention_backward_(gradient_THC, q, k, v, out.view(shape), attended.saved, documents, layer.scale, *targets)
+    dq, dk, _ = targets
+    _turned_back(layer, layer.query_norm, dq, raw_q, documents, dq)
+    _turned_back(layer, layer.key_norm, dk, raw_k, documents, dk)
+
+
+def _heads_backward(
+    layer: FusedLayer, attended: _Attended, o_gradient: Tensor, sources: _QueryKeyValue, targets: _QueryKeyValue,
+    documents: Documents,
+) -> None:  # fmt: skip
     for few, many, out_THC, gradient_THC in _parts(layer, attended, o_gradient):
         raw_q, raw_k, v = sources[0][:, many], sources[1][:, few], sources[2][:, few]
         q, k = (raw_q, raw_k) if layer.query_norm is None else _turned(layer, raw_q, raw_k, documents)
@@ -326,11 +358,6 @@ def _attend_backward(
         _turned_back(layer, layer.key_norm, dk, raw_k, documents, targets[1][:, few])
         targets[2][:, few].copy_(dv)
         del dq, dk, dv
-    layer.o.unload()
-    gradient, dyb = layer.qkv.backward(buffer)
-    layer.qkv.unload()
-    rms_norm_backward_(hidden, layer.input_norm, layer.eps, gradient, total[:, :width], gradient)
-    layer.qkv.add_gradients(sums[0], gradient, ranks, buffer[:, : layer.qkv.outputs], dyb)
 
 
 def _parts(layer: FusedLayer, attended: _Attended, o_gradient: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:

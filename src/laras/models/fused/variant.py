@@ -26,6 +26,8 @@ class Variant:
         grouped_sums: The gradients of a group's adapters are summed as two tensors and scaled once, at the end.
         unpack_kernel: One launch unpacks the 4-bit weights of a group into place, where it gives the bits of
             bitsandbytes on those very weights; else bitsandbytes does.
+        document_attention: Attention by kernels of our own, which take blocks by tokens and all heads at once. Off: it
+            has not been timed yet.
         direct_launch: Kernels are launched without Triton's own dispatch. Off: it has not been timed yet.
     """
 
@@ -37,6 +39,7 @@ class Variant:
     product_in_up: bool = True
     grouped_sums: bool = True
     unpack_kernel: bool = True
+    document_attention: bool = False
     direct_launch: bool = False
 
 
