@@ -33,10 +33,13 @@ HEADS = {  # query heads, key-value heads, channels
     "gemma-2b": (8, 1, 256),
 }  # fmt: skip
 CANDIDATES = [
-    Blocks(queries, keys, warps, stages)
-    for queries, keys in ((32, 64), (64, 32), (64, 64), (64, 128), (128, 32), (128, 64), (128, 128))
-    for warps, stages in ((4, 2), (4, 3), (8, 2), (8, 3))
-]
+    Blocks(*cut)
+    for cut in (
+        (64, 64, 4, 2), (64, 64, 8, 2), (128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3), (32, 64, 4, 2), (64, 32, 4, 3),
+        (64, 128, 8, 2), (128, 128, 8, 2), (32, 32, 4, 2),
+    )
+]  # fmt: skip
+TUNED = ("qwen2.5-1.5b", "smollm2-135m", "gemma-2b")  # one for each width that cuts differ by
 WARM, ROUNDS = 3, 9
 
 
@@ -121,8 +124,8 @@ def measurements(until: float) -> Iterator[dict[str, Any]]:
                 "model": model, "heads": heads, "documents": name, "cuts": asdict(triton_attention._cuts(case.qkv[0])),
                 "flash": case.times(case.flash), "own": case.times(case.own), "difference": case.difference(),
             }  # fmt: skip
-    for model, heads in HEADS.items():
-        case = Case(heads, work_lengths())
+    for model in TUNED:
+        case = Case(HEADS[model], work_lengths())
         chosen = triton_attention._cuts(case.qkv[0])
         for kernel in ("forward", "to_queries", "to_keys"):
             for blocks in CANDIDATES:
