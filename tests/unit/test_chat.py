@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+from functools import partial
 
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 import tiny_models
@@ -13,6 +17,7 @@ from laras.cli import chat as chat_module
 from laras.cli.chat import chat_command
 from laras.cli.export import export_command
 from laras.errors import ConfigError
+from laras.evaluation.generate import GenerationSettings
 
 app = typer.Typer()
 app.command("chat")(chat_command)
@@ -60,7 +65,7 @@ def test_a_conversation_switches_models_remembers_and_forgets(run):
         "now answering: base and tuned",
         "starts anew",
         "now answering: tuned",
-        "/quit ends",
+        "/quit: end",
     ):
         assert text in done.stderr
     assert (lines.count("[base]"), lines.count("[tuned]")) == (1, 1)
@@ -72,6 +77,17 @@ def test_a_conversation_that_fills_the_context_says_so_and_goes_on(run):
     done = chat(run, text="sea " * 300 + "\nsea\n")
     assert "context is full" in done.stderr
     assert done.exit_code == 0
+
+
+def test_two_answers_stand_in_columns_beside_which_the_terminal_can_write_its_own_ctrl_c(run, monkeypatch):
+    screen = io.StringIO()
+    console = partial(Console, file=screen, force_terminal=True, color_system=None, width=80)
+    monkeypatch.setattr("rich.console.Console", console)
+    both = chat_module._Chat(chat_module._load(run), GenerationSettings(30, 0), None, ("base", "tuned"))
+    chat_module._show_columns(both, "sea")
+    lines = re.sub(r"\x1b\[[?\d;]*\w", "\n", screen.getvalue()).splitlines()
+    assert any("[base]" in line and "[tuned]" in line for line in lines)
+    assert 60 < max(map(len, lines)) <= 77
 
 
 def test_json_without_a_prompt_is_refused(run):

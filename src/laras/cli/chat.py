@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from laras.evaluation.generate import Answer, GenerationSettings
     from laras.models.finished import FinishedModels
 
-_HELP = (
-    "/base and /tuned choose who answers, /compare asks both, /reset forgets the conversation, /quit ends; "
-    "Ctrl-C ends an answer"
+_HELP = "/base, /tuned or /compare: who answers   /reset: forget   /quit: end\nCtrl-C ends an answer only"
+_ECHO_COLUMNS = (
+    3  # what the terminal itself writes at Ctrl-C must not begin a line, or the live columns lose their place
 )
 
 
@@ -166,15 +166,15 @@ def _show_columns(chat: _Chat, text: str) -> None:
     from rich.text import Text
 
     answers = dict.fromkeys(chat.names, "")
+    console = Console(highlight=False)
 
     def table() -> Table:
-        columns = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), expand=True)
+        columns = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0), width=console.width - _ECHO_COLUMNS)
         for name in answers:
             columns.add_column(f"[{name}]".replace("[", "\\["), ratio=1, overflow="fold")
         columns.add_row(*(Text(answer) for answer in answers.values()))
         return columns
 
-    console = Console(highlight=False)
     with Live(table(), console=console, transient=True, vertical_overflow="crop") as live:
 
         def add(name: str, piece: str) -> None:
