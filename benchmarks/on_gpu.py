@@ -52,7 +52,7 @@ CHECKS = (
     )),
 )  # fmt: skip
 MEASUREMENTS = (
-    Part("attention", 150, (str(HERE / "attention.py"), "--out", "PART", "--budget-s", "130")),
+    Part("kernels", 150, (str(HERE / "kernels.py"), "--out", "PART", "--budget-s", "130")),
     Part("variants", 300, (
         str(HERE / "throughput.py"), "--session", "--groups", "variants", "--out", "PART", "--budget-s", "LEFT",
     )),

@@ -97,6 +97,29 @@ def swiglu_backward(dtype: torch.dtype, width: int, activation: str) -> Case:
     return [halves, gradient], lambda m, x, g: m.swiglu_backward_(x[:, :width], x[:, width:], g, activation)
 
 
+def swiglu_ranks(dtype: torch.dtype, width: int, ranks: int, activation: str, in_place: bool) -> Case:
+    halves, out = strided(TOKENS, 2 * width, dtype, 0), strided(TOKENS, width + ranks, dtype, 2)
+    a = strided(ranks, width, dtype, 3) / width**0.5
+
+    def call(module: Any, halves: Tensor, a: Tensor, out: Tensor) -> None:
+        gate, up = halves[:, :width], halves[:, width:]
+        module.swiglu_ranks_(gate, up, a, up if in_place else out[:, :width], out[:, width:], activation)
+
+    return [halves, a, out], call
+
+
+def swiglu_backward_ranks(dtype: torch.dtype, width: int, ranks: int, activation: str, kept: bool) -> Case:
+    halves, gradient = strided(TOKENS, 2 * width + 2 * ranks, dtype, 0), strided(TOKENS, width, dtype, 1)
+    a, sb = strided(ranks, width, dtype, 3) / width**0.5, strided(2 * width, 2 * ranks, dtype, 4) / width**0.5
+    own = None if kept else strided(TOKENS, ranks, dtype, 5)
+
+    def call(module: Any, halves: Tensor, gradient: Tensor, a: Tensor, sb: Tensor, own: Tensor | None) -> None:
+        parts = halves[:, :width], halves[:, width : 2 * width], gradient, a, sb, halves[:, 2 * width :], own
+        module.swiglu_backward_ranks_(*parts, activation)
+
+    return [halves, gradient, a, sb, own], call
+
+
 def cross_entropy(dtype: torch.dtype, vocabulary: int) -> Case:
     logits = 4 * strided(TOKENS, vocabulary, dtype, 0)
     targets = torch.randint(0, vocabulary, (TOKENS,), generator=torch.Generator().manual_seed(1))
@@ -184,6 +207,10 @@ CASES: dict[str, Callable[[torch.dtype], Case]] = {
     "gelu": lambda dtype: swiglu(dtype, 1408, "gelu_tanh", False),
     "swiglu backward": lambda dtype: swiglu_backward(dtype, 8960, "silu"),
     "gelu backward": lambda dtype: swiglu_backward(dtype, 1408, "gelu_tanh"),
+    "swiglu, ranks": lambda dtype: swiglu_ranks(dtype, 328, 16, "silu", True),
+    "swiglu, ranks, gelu": lambda dtype: swiglu_ranks(dtype, 256, 48, "gelu_tanh", False),
+    "swiglu backward, ranks": lambda dtype: swiglu_backward_ranks(dtype, 328, 16, "silu", False),
+    "swiglu backward, ranks kept": lambda dtype: swiglu_backward_ranks(dtype, 256, 48, "gelu_tanh", True),
     "cross entropy 5003": lambda dtype: cross_entropy(dtype, 5003),
     "cross entropy 151936": lambda dtype: cross_entropy(dtype, 151936),
     **_ATTENTION,

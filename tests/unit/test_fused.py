@@ -332,13 +332,16 @@ def test_planning_reads_what_a_configuration_leaves_out_as_transformers_does(tmp
 
 @pytest.mark.parametrize("name", ["qwen3", "phi3, part rotated", "gemma"])
 def test_a_kernel_that_is_wrong_on_a_device_is_found_before_the_run(folders, monkeypatch, name):
-    own_attention = dataclasses.replace(variant.CHOSEN, document_attention=name == "qwen3")
-    monkeypatch.setattr(variant, "CHOSEN", own_attention)
+    is_all = name == "qwen3"
+    chosen = dataclasses.replace(variant.CHOSEN, document_attention=is_all, swiglu_ranks=is_all)
+    monkeypatch.setattr(variant, "CHOSEN", chosen)
     sizes = kernel_sizes(built(folders[name]), torch.bfloat16)
     assert disagreement(sizes, torch.device("cpu")) is None
     called = ["rms_norm_", "rms_norm_backward_", "rope_", "swiglu_", "swiglu_backward_"]
     if sizes.head_norm:
         called += ["head_norm_", "head_norm_backward_"]
+    if sizes.with_ranks:
+        called += ["swiglu_ranks_", "swiglu_backward_ranks_"]
     if sizes.key_value_heads is not None:
         called += ["document_attention_", "document_attention_backward_"]
 

@@ -151,6 +151,48 @@ def swiglu_backward_(gate_TF: Tensor, up_TF: Tensor, gradient_TF: Tensor, activa
     gradient_TF.copy_(product)
 
 
+def swiglu_ranks_(
+    gate_TF: Tensor, up_TF: Tensor, a_RF: Tensor, out_TF: Tensor, ranks_TR: Tensor, activation: str = "silu"
+) -> None:
+    """`swiglu_`, and in the same pass `ranks = out A^T` of the layer that takes the product."""
+    if gate_TF.is_meta:
+        return
+    if gate_TF.is_cuda:
+        _triton().swiglu_ranks_(gate_TF, up_TF, a_RF, out_TF, ranks_TR, activation)
+        return
+    swiglu_(gate_TF, up_TF, out_TF, activation)
+    torch.mm(out_TF, a_RF.t(), out=ranks_TR)
+
+
+def swiglu_backward_ranks_(
+    gate_TF: Tensor, up_TF: Tensor, gradient_TF: Tensor, a_RF: Tensor, sb_2FR: Tensor, dyb_TR: Tensor,
+    ranks_TR: Tensor | None, activation: str = "silu",
+) -> None:  # fmt: skip
+    """`swiglu_backward_`, and in the same pass what adapters want of the tensors that it writes.
+
+    Args:
+        gate_TF: As `swiglu_backward_` has it; its rows continue with up's.
+        up_TF: Likewise.
+        gradient_TF: Likewise.
+        a_RF: A of the layer that takes the product.
+        sb_2FR: B of gate and up, scaled.
+        dyb_TR: Written: the gradients to gate and up, times it.
+        ranks_TR: Written: the product times A^T; None where it was kept.
+        activation: As `swiglu_backward_` has it.
+    """
+    if gate_TF.is_meta:
+        return
+    if gate_TF.is_cuda:
+        _triton().swiglu_backward_ranks_(gate_TF, up_TF, gradient_TF, a_RF, sb_2FR, dyb_TR, ranks_TR, activation)
+        return
+    swiglu_backward_(gate_TF, up_TF, gradient_TF, activation)
+    width = gate_TF.shape[1]
+    torch.mm(gate_TF, sb_2FR[:width], out=dyb_TR)
+    dyb_TR.addmm_(up_TF, sb_2FR[width:])
+    if ranks_TR is not None:
+        torch.mm(gradient_TF, a_RF.t(), out=ranks_TR)
+
+
 def unpack_4bit_(
     storage: Tensor, factors: Tensor, states: Sequence[Any], row_starts: Sequence[int], *packed: Tensor
 ) -> None:

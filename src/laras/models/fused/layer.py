@@ -31,6 +31,8 @@ from laras.models.fused.kernels import (
     rope_,
     swiglu_,
     swiglu_backward_,
+    swiglu_backward_ranks_,
+    swiglu_ranks_,
 )
 from laras.models.fused.lora import AdapterSums, LoraGroup
 from laras.models.fused.offload import HostInputs
@@ -248,9 +250,12 @@ def _feed(layer: FusedLayer, middle: Tensor, out: Tensor) -> tuple[Tensor, Tenso
         product = gate_up[:, layer.width : 2 * layer.width + layer.down.ranks]
     else:
         product = layer.down.new_input(middle)
-    swiglu_(gate, up, product[:, : layer.width], layer.activation)
-    a = layer.down.storage[layer.down.outputs :, : layer.width]
-    torch.mm(product[:, : layer.width], a.t(), out=product[:, layer.width :])
+    a, out_TF, ranks_TR = layer.down.a, product[:, : layer.width], product[:, layer.width :]
+    if layer.variant.swiglu_ranks:
+        swiglu_ranks_(gate, up, a, out_TF, ranks_TR, layer.activation)
+    else:
+        swiglu_(gate, up, out_TF, layer.activation)
+        torch.mm(out_TF, a.t(), out=ranks_TR)
     weight = layer.down.storage[: layer.down.outputs].t()
     if out is middle:
         out.addmm_(product, weight)
@@ -285,16 +290,32 @@ def _feed_backward(
         gate_up, ranks = _gate_up(layer, middle)
         ranks = ranks.clone()
     product, dyb = layer.down.backward(total[:, : hidden + layer.down.ranks])
-    gate, up = gate_up[:, : layer.width], gate_up[:, layer.width : 2 * layer.width]
-    swiglu_backward_(gate, up, product, layer.activation)
-    down_ranks = feed[2] if feed is not None else torch.mm(
-        product, layer.down.storage[layer.down.outputs :, : layer.width].t()
-    )  # fmt: skip
+    down_ranks = _gated_backward(layer, gate_up, product, feed[2] if feed is not None else None)
     layer.down.add_gradients(sums[3], product, down_ranks, total[:, :hidden], dyb)
     del product
-    gradient, dyb = layer.gate_up.backward(gate_up)
+    gradient = layer.gate_up.input_gradient(gate_up, slice(0, hidden))
     rms_norm_backward_(middle, layer.middle_norm, layer.eps, gradient, total[:, :hidden], gradient)
-    layer.gate_up.add_gradients(sums[2], gradient, ranks, gate_up[:, : layer.gate_up.outputs], dyb)
+    dy, dyb = gate_up[:, : layer.gate_up.outputs], gate_up[:, layer.gate_up.outputs :]
+    layer.gate_up.add_gradients(sums[2], gradient, ranks, dy, dyb)
+
+
+def _gated_backward(layer: FusedLayer, gate_up: Tensor, product: Tensor, down_ranks: Tensor | None) -> Tensor:
+    """Gate and up become their gradients, with `dy sB` behind them, and the product's gradient the product.
+
+    Returns:
+        down's x A^T: what was kept, else anew.
+    """
+    gate, up = gate_up[:, : layer.width], gate_up[:, layer.width : 2 * layer.width]
+    if not layer.variant.swiglu_ranks:
+        swiglu_backward_(gate, up, product, layer.activation)
+        layer.gate_up.rank_gradient(gate_up)
+        return torch.mm(product, layer.down.a.t()) if down_ranks is None else down_ranks
+    found = product.new_empty(product.shape[0], layer.down.ranks) if down_ranks is None else None
+    dyb, scaled_b = gate_up[:, layer.gate_up.outputs :], layer.gate_up.scaled_b
+    swiglu_backward_ranks_(gate, up, product, layer.down.a, scaled_b, dyb, found, layer.activation)
+    kept = found if down_ranks is None else down_ranks
+    assert kept is not None
+    return kept
 
 
 def _attend_backward(

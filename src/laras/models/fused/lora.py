@@ -172,15 +172,23 @@ class LoraGroup:
         if self._is_quantized:
             self.storage = self._nothing
 
+    @property
+    def a(self) -> Tensor:
+        """A (R, K), while weights are loaded."""
+        return self.storage[self.outputs :, : self.inputs]
+
+    @property
+    def scaled_b(self) -> Tensor:
+        """sB (N, R), while weights are loaded."""
+        return self.storage[: self.outputs, self.inputs :]
+
     def new_input(self, like: Tensor) -> Tensor:
         """An uninitialised (T, K + R) buffer; its first K columns are for the input."""
         return like.new_empty(like.shape[0], self.inputs + self.ranks)
 
     def forward(self, buffer: Tensor, out: Tensor) -> None:
         """`out` (T, N) of an input in the first K columns of `buffer`, whose last R columns become x A^T."""
-        torch.mm(
-            buffer[:, : self.inputs], self.storage[self.outputs :, : self.inputs].t(), out=buffer[:, self.inputs :]
-        )
+        torch.mm(buffer[:, : self.inputs], self.a.t(), out=buffer[:, self.inputs :])
         weight = self.storage[: self.outputs].t()
         if self.bias is None:
             torch.mm(buffer, weight, out=out)
@@ -189,9 +197,9 @@ class LoraGroup:
 
     def add_forward(self, input_TK: Tensor, residual: Tensor, xa: Tensor) -> Tensor:
         """Output plus residual of an input that lies outside a buffer; `xa` (T, R) becomes x A^T."""
-        torch.mm(input_TK, self.storage[self.outputs :, : self.inputs].t(), out=xa)
+        torch.mm(input_TK, self.a.t(), out=xa)
         out = torch.addmm(residual, input_TK, self.storage[: self.outputs, : self.inputs].t())
-        out.addmm_(xa, self.storage[: self.outputs, self.inputs :].t())
+        out.addmm_(xa, self.scaled_b.t())
         return out if self.bias is None else out.add_(self.bias)
 
     def backward(self, buffer: Tensor) -> tuple[Tensor, Tensor]:
@@ -202,7 +210,7 @@ class LoraGroup:
     def rank_gradient(self, buffer: Tensor) -> Tensor:
         """Fills the last R columns of such a buffer, and returns them: dy sB."""
         dyb = buffer[:, self.outputs :]
-        torch.mm(buffer[:, : self.outputs], self.storage[: self.outputs, self.inputs :], out=dyb)
+        torch.mm(buffer[:, : self.outputs], self.scaled_b, out=dyb)
         return dyb
 
     def input_gradient(self, buffer: Tensor, columns: slice) -> Tensor:

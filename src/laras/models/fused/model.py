@@ -185,6 +185,7 @@ def kernel_sizes(model: Any, dtype: torch.dtype) -> KernelSizes:
         width=config.intermediate_size,
         heads=config.num_attention_heads,
         channels=attention.head_dim,
+        with_ranks=variant.CHOSEN.swiglu_ranks,
         key_value_heads=config.num_key_value_heads if variant.CHOSEN.document_attention else None,
         rotated=2 * decoder.rotary_emb.inv_freq.shape[-1],
         activation=ACTIVATIONS[config.hidden_act],

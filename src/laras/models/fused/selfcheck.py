@@ -31,6 +31,7 @@ class KernelSizes:
         heads: H.
         channels: C.
         key_value_heads: G, None where attention is not by a kernel of our own.
+        with_ranks: The gated product's kernels form adapters' products too.
         rotated: R.
         activation: Of the gate.
         head_norm: Query and key are normed by head.
@@ -43,6 +44,7 @@ class KernelSizes:
     heads: int
     channels: int
     key_value_heads: int | None
+    with_ranks: bool
     rotated: int
     activation: str
     head_norm: bool
@@ -107,6 +109,17 @@ def _calls(sizes: KernelSizes) -> dict[str, tuple[list[Tensor], Callable[..., No
             lambda m, gate, up, gradient: m.swiglu_backward_(gate, up, gradient, kind),
         ),
     }
+    if sizes.with_ranks:
+        a, sb = (torch.randn(shape, generator=generator) / width**0.5 for shape in ((16, width), (2 * width, 32)))
+        a, sb = a.to(sizes.dtype), sb.to(sizes.dtype)
+        calls[f"{kind} with ranks"] = (
+            [rows(width), rows(width), a, rows(width), rows(16)],
+            lambda m, *tensors: m.swiglu_ranks_(*tensors, kind),
+        )
+        calls[f"{kind} with ranks backward"] = (
+            [rows(width), rows(width), rows(width), a, sb, rows(32), rows(16)],
+            lambda m, *tensors: m.swiglu_backward_ranks_(*tensors, kind),
+        )
     if sizes.key_value_heads is not None:
         calls |= _attention_calls(sizes, sizes.key_value_heads, generator)
     if sizes.head_norm:

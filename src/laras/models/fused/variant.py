@@ -28,6 +28,7 @@ class Variant:
             bitsandbytes on those very weights; else bitsandbytes does.
         document_attention: Attention by kernels of our own, which take blocks by tokens and all heads at once. Off: it
             has not been timed yet.
+        swiglu_ranks: The kernels of the gated product form adapters' small products in the same pass. Off: likewise.
         direct_launch: Kernels are launched without Triton's own dispatch. Off: it has not been timed yet.
     """
 
@@ -40,6 +41,7 @@ class Variant:
     grouped_sums: bool = True
     unpack_kernel: bool = True
     document_attention: bool = False
+    swiglu_ranks: bool = False
     direct_launch: bool = False
 
 

@@ -1,10 +1,11 @@
-"""Attention by our own kernels beside FlashAttention-2 of torch, on a GPU; one JSON object a line.
+"""Attention and gated products by kernels of our own, beside what they would replace, on a GPU; a JSON object a line.
 
-    python benchmarks/attention.py --out DIR [--budget-s 120]
+    python benchmarks/kernels.py --out DIR [--budget-s 120]
 
-For the heads of several models, over documents as the work of `throughput.py` has them, over rows of 2,048 tokens and
-over one document. First the cuts that runs take (`cuts`), with the greatest difference of results from those of
-FlashAttention; then others for each kernel, one at a time, for the first kind of documents: what `cuts_for` should say.
+Attention: for the heads of several models, over documents as the work of `throughput.py` has them, over rows of 2,048
+tokens and over one document, beside FlashAttention-2 of torch, with the greatest difference of results. Gated products
+with the adapters' small products in the same pass, beside those in passes of their own. Then other cuts of each kernel,
+one at a time: what `cuts_for` and `triton_kernels` should say.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ import throughput
 import torch
 from torch import Tensor
 
-from laras.models.fused import triton_attention, variant
+from laras.models.fused import kernels, triton_attention, triton_kernels, variant
 from laras.models.fused.attention import Documents, attention, attention_backward, attention_backward_, document_bounds
-from laras.models.fused.triton_attention import Blocks, Cuts
+from laras.models.fused.triton_attention import Blocks
 
 TOKENS = 16_384
 HEADS = {  # query heads, key-value heads, channels
@@ -40,6 +41,14 @@ CANDIDATES = [
     )
 ]  # fmt: skip
 TUNED = ("qwen2.5-1.5b", "smollm2-135m", "gemma-2b")  # one for each width that cuts differ by
+WIDTHS = {"qwen2.5-1.5b": (16_384, 8_960), "a chunk of it": (4_096, 8_960), "qwen2.5-7b": (4_096, 18_944)}
+RANKS = 16
+RANK_CUTS = [
+    (rows, columns, warps)
+    for rows, columns, warps in (
+        (16, 64, 4), (16, 128, 8), (32, 64, 4), (32, 64, 8), (32, 128, 4), (32, 128, 8), (64, 64, 4), (64, 64, 8),
+    )
+]  # fmt: skip
 WARM, ROUNDS = 3, 9
 
 
@@ -73,7 +82,7 @@ def milliseconds(call: Callable[[], Any]) -> float:
     return statistics.median(found)
 
 
-class Case:
+class Attention:
     """Queries, keys and values side by side, as the fused layers hold them, and the gradient to the output."""
 
     def __init__(self, heads: tuple[int, int, int], lengths: list[int]) -> None:
@@ -116,35 +125,94 @@ class Case:
         return {name: float((a.float() - b.float()).abs().max() / b.float().abs().max()) for name, a, b in pairs}
 
 
-def measurements(until: float) -> Iterator[dict[str, Any]]:
+class GatedProduct:
+    """Gate, up and the gradient of their product, in buffers as the fused layers hold them."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        torch.manual_seed(0)
+
+        def rows(count: int, columns: int, room: int) -> Tensor:
+            return torch.randn(count, columns + room, device="cuda", dtype=torch.bfloat16)[:, :columns]
+
+        self.width = width
+        self.gate_up, self.product = rows(tokens, 2 * width + 2 * RANKS, 0), rows(tokens, width + RANKS, 0)
+        self.a, self.b = rows(RANKS, width, RANKS), rows(2 * width, 2 * RANKS, 1536)
+        self.own = rows(tokens, RANKS, 0)
+
+    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
+        return (
+            self.gate_up[:, : self.width],
+            self.gate_up[:, self.width : 2 * self.width],
+            self.product[:, : self.width],
+        )
+
+    def apart(self) -> dict[str, float]:
+        gate, up, product = self._parts()
+        dy, dyb = self.gate_up[:, : 2 * self.width], self.gate_up[:, 2 * self.width :]
+
+        def forward() -> None:
+            kernels.swiglu_(gate, up, product)
+            torch.mm(product, self.a.t(), out=self.product[:, self.width :])
+
+        def backward() -> None:
+            kernels.swiglu_backward_(gate, up, product)
+            torch.mm(product, self.a.t(), out=self.own)
+            torch.mm(dy, self.b, out=dyb)
+
+        return {"forward_ms": milliseconds(forward), "backward_ms": milliseconds(backward)}
+
+    def together(self) -> dict[str, float]:
+        gate, up, product = self._parts()
+        ranks, dyb = self.product[:, self.width :], self.gate_up[:, 2 * self.width :]
+        return {
+            "forward_ms": milliseconds(lambda: kernels.swiglu_ranks_(gate, up, self.a, product, ranks)),
+            "backward_ms": milliseconds(
+                lambda: kernels.swiglu_backward_ranks_(gate, up, product, self.a, self.b, dyb, self.own)
+            ),
+        }
+
+
+def measurements() -> Iterator[dict[str, Any]]:
     for model, heads in HEADS.items():
         for name, lengths in DOCUMENTS.items():
-            case = Case(heads, lengths())
+            attention_case = Attention(heads, lengths())
             yield {
-                "model": model, "heads": heads, "documents": name, "cuts": asdict(triton_attention._cuts(case.qkv[0])),
-                "flash": case.times(case.flash), "own": case.times(case.own), "difference": case.difference(),
+                "model": model, "heads": heads, "documents": name,
+                "cuts": asdict(triton_attention._cuts(attention_case.qkv[0])),
+                "flash": attention_case.times(attention_case.flash), "own": attention_case.times(attention_case.own),
+                "difference": attention_case.difference(),
             }  # fmt: skip
-    for model in TUNED:
-        case = Case(HEADS[model], work_lengths())
-        chosen = triton_attention._cuts(case.qkv[0])
-        for kernel in ("forward", "to_queries", "to_keys"):
-            for blocks in CANDIDATES:
-                if time.monotonic() > until:
-                    return
+    for model, (tokens, width) in WIDTHS.items():
+        gated = GatedProduct(tokens, width)
+        yield {"model": model, "gated": (tokens, width), "apart": gated.apart(), "together": gated.together()}
+    yield from other_attention_cuts(TUNED[0])
+    for model, (tokens, width) in WIDTHS.items():
+        gated = GatedProduct(tokens, width)
+        for cut in RANK_CUTS:
+            with mock.patch.multiple(triton_kernels, _RANKS_CUT=cut, _BACKWARD_RANKS_CUT=cut):
+                yield {"model": model, "gated": (tokens, width), "cut": cut, **_tried(gated.together)}
+    for model in TUNED[1:]:
+        yield from other_attention_cuts(model)
+
+
+def other_attention_cuts(model: str) -> Iterator[dict[str, Any]]:
+    case = Attention(HEADS[model], work_lengths())
+    chosen = triton_attention._cuts(case.qkv[0])
+    for kernel in ("forward", "to_queries", "to_keys"):
+        for blocks in CANDIDATES:
+            cuts = replace(chosen, **{kernel: blocks})
+            with mock.patch.object(triton_attention, "_cuts", lambda _, cuts=cuts: cuts):
                 yield {
-                    "model": model,
-                    "kernel": kernel,
-                    "blocks": asdict(blocks),
-                    **_tried(case, chosen, kernel, blocks),
-                }
+                    "model": model, "kernel": kernel, "blocks": asdict(blocks),
+                    **_tried(lambda: case.times(case.own)),
+                }  # fmt: skip
 
 
-def _tried(case: Case, chosen: Cuts, kernel: str, blocks: Blocks) -> dict[str, Any]:
-    with mock.patch.object(triton_attention, "_cuts", lambda _: replace(chosen, **{kernel: blocks})):
-        try:
-            return dict(case.times(case.own))
-        except Exception as error:  # noqa: BLE001 - too much shared memory is one way of many
-            return {"error": f"{type(error).__name__}: {error}"[:120]}
+def _tried(times: Callable[[], dict[str, float]]) -> dict[str, Any]:
+    try:
+        return dict(times())
+    except Exception as error:  # noqa: BLE001 - too much shared memory is one way of many
+        return {"error": f"{type(error).__name__}: {error}"[:120]}
 
 
 def main() -> None:
@@ -155,12 +223,14 @@ def main() -> None:
     until = time.monotonic() + arguments.budget_s
     variant.CHOSEN = replace(variant.CHOSEN, direct_launch=True)
     arguments.out.mkdir(parents=True, exist_ok=True)
-    with (arguments.out / "attention.jsonl").open("a") as file:
-        for found in measurements(until):
+    with (arguments.out / "kernels.jsonl").open("a") as file:
+        for found in measurements():
             line = json.dumps({"gpu": torch.cuda.get_device_name(), **found})
             print(line, flush=True)
             file.write(line + "\n")
             file.flush()
+            if time.monotonic() > until:
+                break
 
 
 if __name__ == "__main__":
