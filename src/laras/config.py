@@ -180,7 +180,9 @@ class RunConfig(_Frozen):
     # Validation and saving
     eval_steps: Auto | Annotated[int, Field(ge=1)] = Field("auto", description="Optimizer steps between validations.")
     save_steps: Auto | Annotated[int, Field(ge=1)] = Field("auto", description="Optimizer steps between checkpoints.")
-    logging_steps: Annotated[int, Field(ge=1)] = Field(10, description="Optimizer steps between lines of the metrics.")
+    logging_steps: Auto | Annotated[int, Field(ge=1)] = Field(
+        "auto", description="Optimizer steps between lines of the metrics; auto: 10, fewer in a run below 500 steps."
+    )
     save_total_limit: Annotated[int, Field(ge=1)] = Field(
         3, description="Newest checkpoints that are kept; the best one is kept too."
     )

@@ -128,7 +128,7 @@ def test_a_person_sees_progress_on_stderr_and_the_score_on_stdout(workplace: Pat
     assert done.returncode == 0, done.stderr
     assert "Sealed test set" in done.stdout
     assert "perplexity" in done.stdout
-    assert "validation loss" in done.stderr
+    assert "val. loss" in done.stderr
 
 
 def test_nothing_is_left_behind_when_a_row_is_bad_and_every_bad_row_is_named(workplace: Path) -> None:

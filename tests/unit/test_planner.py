@@ -285,6 +285,12 @@ def test_validations_come_at_equal_distances_and_cost_little(steps, validation_t
     assert _eval_steps(RunConfig(), work, steps) == expected
 
 
+@pytest.mark.parametrize(("steps", "between"), [(15, 1), (200, 4), (2000, 10)])
+def test_a_short_run_is_logged_often_enough_for_a_curve(steps, between):
+    assert plan(max_steps=steps).choices.logging_steps == between
+    assert plan(max_steps=steps, logging_steps=7).choices.logging_steps == 7
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_largest_batch_is_what_the_collators_make_of_the_data_at_most(packing):
     """From every order of rows: no batch has more slots or targets than the plan takes it to have."""

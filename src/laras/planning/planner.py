@@ -84,7 +84,7 @@ def plan_training(
     best, others = selection.best, selection.others
     warnings += selection.warnings
     steps = _steps(config, work, best)
-    choices = resolved_choices(config, spec, best, _eval_steps(config, work, steps))
+    choices = resolved_choices(config, spec, best, steps, _eval_steps(config, work, steps))
     reasons = {"precision": f"{precision}: {why}", **_reasons(config, spec, hardware, precision, work, found, best)}
     reasons["backend"] = backend.reason
     remedies: tuple[str, ...] = ()

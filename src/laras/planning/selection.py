@@ -154,7 +154,7 @@ def _simulated(
 ) -> Candidate:
     case = one.case
     documents = work.documents(case.micro_batch * case.length_tokens) if one.packing else None
-    choices = resolved_choices(config, spec, one, 1)
+    choices = resolved_choices(config, spec, one, 1, 1)
     largest = work.largest_batch(case.micro_batch, packing=one.packing)
     step = simulated_step(simulate, config, choices, spec, hardware, budget, documents, largest)
     expected = case.length_tokens if one.packing else work.expected_longest(case.micro_batch)
@@ -172,7 +172,9 @@ def _simulated(
     return replace(one, memory=memory, fits=step.fits, tokens_per_s=useful * case.micro_batch / step_s)
 
 
-def resolved_choices(config: RunConfig, spec: ModelSpec, best: Candidate, eval_steps: int) -> PlanChoices:
+def resolved_choices(
+    config: RunConfig, spec: ModelSpec, best: Candidate, total_steps: int, eval_steps: int
+) -> PlanChoices:
     """Everything that training needs to know, of a candidate."""
     case, full = best.case, best.case.full
     rslora = spec.total_parameters > _RSLORA_FROM if config.use_rslora == "auto" else config.use_rslora
@@ -215,7 +217,8 @@ def resolved_choices(config: RunConfig, spec: ModelSpec, best: Candidate, eval_s
         learning_rate=rate,
         eval_steps=eval_steps,
         save_steps=eval_steps if config.save_steps == "auto" else config.save_steps,
-        logging_steps=config.logging_steps,
+        # A curve of a short run has points, too.
+        logging_steps=min(10, max(1, total_steps // 50)) if config.logging_steps == "auto" else config.logging_steps,
     )
 
 
