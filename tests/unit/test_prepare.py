@@ -462,7 +462,7 @@ def test_three_rows_are_divided_and_called_few(tmp_path):
     observer = Notes()
     manifest = prepare(write(tmp_path / "a.jsonl", chats(3)), observer=observer).manifest
     assert [getattr(manifest, split).rows for split in SPLITS] == [1, 1, 1]
-    assert observer.warnings[0].startswith("3 rows are enough to split (1 train, 1 validation, 1 test) but few")
+    assert observer.warnings[0].startswith("few rows: 1 train, 1 validation, 1 test; learn from at least 50")
 
 
 def test_two_rows_are_too_few_to_split(tmp_path):

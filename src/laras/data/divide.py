@@ -121,10 +121,10 @@ def _size_warnings(rows: dict[SplitName, int], groups: Groups, all_rows: int) ->
     warnings = []
     few = [split for split in SPLITS if 0 < rows[split] < (FEW_TRAIN_ROWS if split == "train" else FEW_SCORED_ROWS)]
     if few:
-        counts = ", ".join(f"{rows[split]:,} {split}" for split in SPLITS)
+        counts = ", ".join(f"{rows[split]:,} {split}" for split in few)
         warnings.append(
-            f"{all_rows:,} rows are enough to split ({counts}) but few for {', '.join(few)}: learning from fewer "
-            f"than {FEW_TRAIN_ROWS} rows, or a score on fewer than {FEW_SCORED_ROWS}, says little"
+            f"few rows: {counts}; learn from at least {FEW_TRAIN_ROWS} and score on at least {FEW_SCORED_ROWS}, or the "
+            "result says little"
         )
     if not rows["validation"]:
         warnings.append("no row validates: nothing stops training early, and the last model is kept")
