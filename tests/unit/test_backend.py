@@ -52,8 +52,8 @@ def test_without_unsloth_the_own_layers_run_and_the_plan_says_why() -> None:
     choice = choose_backend(UNSLOTH, spec(), H100, "fused")
     assert choice.name == "transformers"
     assert choice.refusal is not None and "pip install 'laras[unsloth]'" in choice.refusal
-    assert choice.reason.startswith("fused layers: Unsloth was asked for, but it is not installed")
-    assert choose_backend(RunConfig(), spec(), H100, "fused").reason == "fused layers"
+    assert choice.reason.startswith("with Laras' fused layers: Unsloth was asked for, but it is not installed")
+    assert choose_backend(RunConfig(), spec(), H100, "fused").reason == "with Laras' fused layers"
 
 
 @pytest.mark.usefixtures("installed")

@@ -88,7 +88,7 @@ def choose_backend(
         layers: What Laras would run without Unsloth.
         import_failure: Why Unsloth could not be imported, once that was tried.
     """
-    own = f"{layers} layers"
+    own = "with Laras' fused layers" if layers == "fused" else "with its own layers"
     if config.backend == "transformers":
         return BackendChoice("transformers", "as configured")
     if config.backend == "auto" and not is_installed():
