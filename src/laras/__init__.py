@@ -11,11 +11,13 @@ if TYPE_CHECKING:
     from laras.config import RunConfig
     from laras.errors import LarasError
     from laras.progress import Observer
+    from laras.progress_bar import ProgressBar
 
 __version__ = "0.1.0"
 __all__ = [
     "LarasError",
     "Observer",
+    "ProgressBar",
     "RunConfig",
     "__version__",
     "configure",
@@ -28,7 +30,12 @@ __all__ = [
     "test",
     "train",
 ]
-_HOMES = {"LarasError": "laras.errors", "Observer": "laras.progress", "RunConfig": "laras.config"}
+_HOMES = {
+    "LarasError": "laras.errors",
+    "Observer": "laras.progress",
+    "ProgressBar": "laras.progress_bar",
+    "RunConfig": "laras.config",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from laras.formatting import duration, size
+
 if TYPE_CHECKING:
     from laras.records import TrainPlan
 
@@ -28,6 +30,14 @@ class StepReport:
     memory_bytes: int  # allocated on the device, or resident on CPU
     memory_planned_bytes: int
 
+    def __str__(self) -> str:
+        """What matters most comes first: a narrow screen cuts the rest."""
+        loss = f"loss {self.loss:.4f}" if self.loss is not None else "loss -"
+        return (
+            f"{loss}  {duration(self.eta_s)} left  {self.tokens_per_s:,.0f} tokens/s  "
+            f"memory {size(self.memory_bytes)}, planned {size(self.memory_planned_bytes)}"
+        )
+
 
 @dataclass(frozen=True)
 class ValidationReport:
@@ -40,6 +50,28 @@ class ValidationReport:
     is_best: bool
     evaluations_without_improvement: int
     patience: int | None  # None: early stopping is off
+
+    def __str__(self) -> str:
+        """One line of at most 80 characters."""
+        verdict = "new best" if self.is_best else "no gain"
+        if not self.is_best and self.patience is not None:
+            verdict += f" ({self.evaluations_without_improvement}/{self.patience})"
+        return (
+            f"step {self.step:>5}  val. loss {self.loss:.4f}  perplexity {self.perplexity:7.2f}  "
+            f"accuracy {self.token_accuracy:6.1%}  {verdict}"
+        )
+
+
+def training_words(plan: TrainPlan, first_step: int) -> tuple[str, str]:
+    """What begins, in two lines."""
+    choices = plan.choices
+    micro, accumulation = choices.per_device_train_batch_size, choices.gradient_accumulation_steps
+    start = f" from step {first_step}" if first_step else ""
+    return (
+        f"training{start} on {plan.hardware.gpu_name} in {choices.precision}: {plan.total_steps} steps of "
+        f"{micro} x {accumulation} rows, about {duration(plan.time.total_s)}",
+        f"  {choices.trainable_parameters:,} of {choices.total_parameters:,} parameters learn",
+    )
 
 
 class Observer:

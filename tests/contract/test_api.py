@@ -14,7 +14,8 @@ import laras
 
 def test_the_public_surface_is_this_and_nothing_more() -> None:
     verbs = ["configure", "export", "inspect", "plan", "report", "resume", "sweep", "test", "train"]
-    assert sorted(laras.__all__) == sorted(["LarasError", "Observer", "RunConfig", "__version__", *verbs])
+    others = ["LarasError", "Observer", "ProgressBar", "RunConfig", "__version__"]
+    assert sorted(laras.__all__) == sorted([*others, *verbs])
     for name in verbs:
         function = getattr(laras, name)
         assert inspect.getdoc(function)

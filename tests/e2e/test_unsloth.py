@@ -85,7 +85,7 @@ def killed(workplace: Path) -> Path:
 def test_a_run_without_unsloth_falls_back_and_every_record_says_why(plain: Path) -> None:
     plan, result = TrainPlan.load(plain), RunResult.load(plain)
     assert plan.choices.backend == "transformers"
-    assert plan.reasons["backend"].startswith("with Laras' fused layers: Unsloth was asked for, but it is not installed")
+    assert "Unsloth was asked for, but it is not installed" in plan.reasons["backend"]
     assert [event.kind for event in result.events] == ["backend_fallback"]
     assert result.status == "finished"
 

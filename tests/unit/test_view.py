@@ -12,7 +12,20 @@ from rich.progress import Progress
 
 from laras.cli import view as view_module
 from laras.cli.view import LiveView, PlainView, open_view
+from laras.config import RunConfig
+from laras.planning.architecture import model_spec_from_config
+from laras.planning.catalogue import find_gpu
+from laras.planning.planner import plan_training
 from laras.progress import StepReport, ValidationReport
+from laras.progress_bar import ProgressBar
+
+SPEC = model_spec_from_config(
+    {
+        "model_type": "llama", "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "intermediate_size": 1024, "vocab_size": 1000,
+    },
+    "m",
+)  # fmt: skip
 
 
 def report(step: int, loss: float | None = 1.25) -> StepReport:
@@ -149,3 +162,21 @@ def test_what_libraries_print_while_stages_work_stays_off_standard_output(
     shown = capsys.readouterr()
     assert shown.out == "the result\n"
     assert "a greeting" in shown.err and "a line" in shown.err
+
+
+def test_a_bar_counts_the_steps_and_stays_while_a_validation_has_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    bar = ProgressBar()
+    bar.stage_started("reading")
+    bar.stage_progress(3, 7, "rows")
+    bar.training_started(plan_training(RunConfig(max_steps=10), None, None, SPEC, find_gpu("t4").to_hardware()), 2)
+    training = bar._bar
+    bar.step_finished(report(3))
+    bar.stage_progress(1, 4, "rows")
+    assert (bar._bar.desc, bar._bar.total, training.disable) == ("validating", 4, False)
+    bar.step_finished(report(4))
+    bar.validated(validation(0))
+    assert bar._bar is training and (training.initial, training.n, training.total) == (2, 4, 10)
+    bar.training_finished("finished")
+    shown = capsys.readouterr()
+    assert all(text in shown.out for text in ("reading", "10 steps of", "parameters learn", "new best", "finished"))
+    assert "4/10" in shown.err and "loss 1.2500  1 min 15 s left" in shown.err

@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Column
 
-from laras.formatting import duration, size
-from laras.progress import Observer, StepReport, ValidationReport
+from laras.formatting import duration
+from laras.progress import Observer, StepReport, ValidationReport, training_words
 
 if TYPE_CHECKING:
     from laras.records import TrainPlan
@@ -57,28 +57,12 @@ class View(Observer):
 
     def training_started(self, plan: TrainPlan, first_step: int) -> None:
         """See `Observer`."""
-        choices = plan.choices
-        micro, accumulation = choices.per_device_train_batch_size, choices.gradient_accumulation_steps
-        start = f" from step {first_step}" if first_step else ""
-        self.line(
-            f"training{start} on {plan.hardware.gpu_name} in {choices.precision}: {plan.total_steps} steps of "
-            f"{micro} x {accumulation} rows, about {duration(plan.time.total_s)}"
-        )
-        self.line(f"  {choices.trainable_parameters:,} of {choices.total_parameters:,} parameters learn")
+        for text in training_words(plan, first_step):
+            self.line(text)
 
     def validated(self, report: ValidationReport) -> None:
         """See `Observer`."""
-        if report.is_best:
-            verdict = "new best"
-        elif report.patience is None:
-            verdict = "no gain"
-        else:
-            verdict = f"no gain ({report.evaluations_without_improvement}/{report.patience})"
-        self.line(  # in 80 columns
-            f"step {report.step:>5}  val. loss {report.loss:.4f}  perplexity {report.perplexity:7.2f}  "
-            f"accuracy {report.token_accuracy:6.1%}  {verdict}",
-            "bold" if report.is_best else None,
-        )
+        self.line(str(report), "bold" if report.is_best else None)
 
     def training_finished(self, status: str) -> None:
         """See `Observer`."""
@@ -133,7 +117,7 @@ class PlainView(View):
     def step_finished(self, report: StepReport) -> None:
         """See `Observer`."""
         if self._is_time() or report.step == report.total_steps:
-            self.line(f"step {report.step:>5}/{report.total_steps}  {_numbers(report)}")
+            self.line(f"step {report.step:>5}/{report.total_steps}  {report}")
 
     def training_finished(self, status: str) -> None:
         """See `Observer`."""
@@ -217,7 +201,7 @@ class LiveView(View):
             visible=True,
             completed=report.step,
             total=report.total_steps,
-            numbers=f"{report.step}/{report.total_steps}  {_numbers(report)}",
+            numbers=f"{report.step}/{report.total_steps}  {report}",
         )
 
     def training_finished(self, status: str) -> None:
@@ -239,12 +223,3 @@ class LiveView(View):
 def open_view() -> View:
     """The live view in a terminal, plain lines elsewhere."""
     return LiveView() if sys.stderr.isatty() else PlainView()
-
-
-def _numbers(report: StepReport) -> str:
-    """What matters most comes first: a narrow terminal cuts the rest."""
-    loss = f"loss {report.loss:.4f}" if report.loss is not None else "loss -"
-    return (
-        f"{loss}  {duration(report.eta_s)} left  {report.tokens_per_s:,.0f} tokens/s  "
-        f"memory {size(report.memory_bytes)}, planned {size(report.memory_planned_bytes)}"
-    )
