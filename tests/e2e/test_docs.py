@@ -248,3 +248,12 @@ def test_the_readmes_show_the_same_commands() -> None:
         return [shlex.split(line, comments=True) for text in blocks for line in text.splitlines()]
 
     assert commands("README.id.md") == commands("README.md")
+
+
+def test_the_readmes_give_the_same_figures() -> None:
+    def figures(name: str, title: str) -> list[str]:
+        section = (ROOT / name).read_text(encoding="utf-8").split(f"## {title}\n")[1].split("\n## ")[0]
+        return sorted(re.sub("[.,]", "", number) for number in re.findall(r"\d[\d.,]*\d|\d", section))
+
+    assert figures("README.id.md", "Hasil pengukuran") == figures("README.md", "Measured") != []
+    assert figures("README.id.md", "Dua perintah") == figures("README.md", "Two commands") != []
