@@ -127,9 +127,10 @@ class Scenario:
     config: dict[str, Any] = field(default_factory=dict)
     train_rows: int = 24
 
-    def run_config(self) -> RunConfig:
+    def run_config(self, source: str = "tiny") -> RunConfig:
         defaults = {
-            "num_train_epochs": 2, "effective_batch_size": 8, "early_stopping_patience": None, "report_to": [],
+            "model_name_or_path": source, "num_train_epochs": 2, "effective_batch_size": 8,
+            "early_stopping_patience": None, "report_to": [],
         }  # fmt: skip
         return RunConfig.model_validate(defaults | self.config)
 

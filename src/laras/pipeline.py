@@ -7,7 +7,6 @@ With several processes (`torchrun`, `accelerate launch`) rank 0 prepares, plans 
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from laras.records import (
     SplitManifest,
     TrainPlan,
 )
-from laras.rundir import GIVEN_CONFIG_NAME, RunDir, create_run_dir, hold
+from laras.rundir import GIVEN_CONFIG_NAME, RunDir, create_run_dir, hold, require_new
 from laras.stages import division, import_backend, load_tokenizer_of, make_plan, prepare, require_fit
 from laras.sweep_record import sweep_of
 
@@ -118,7 +117,7 @@ def train(
         stop: Through which others than signals may ask the run to stop.
 
     Raises:
-        ConfigError: The model cannot be loaded, its attention is not installed, or the run directory not made.
+        ConfigError: The model cannot be loaded, its attention is not installed, or the run directory not written.
         DataError: With every problem of the data at once; nothing is left behind.
         PlanError: The plan does not fit; nothing was started.
         RunStateError: The run cannot start from the weights of `from_run`; names every reason.
@@ -130,6 +129,7 @@ def train(
 
     def start() -> RunDir:
         require_attention(config.attn_implementation)
+        require_new(config)
         origin = _find_start(from_run, checkpoint, observer)
         own = prepare(config, load_tokenizer_of(config, observer), observer)
         prepared = origin.chained(own) if origin else own
@@ -284,8 +284,7 @@ def _write_run(
     from laras.data.sealed import seal_test
     from laras.data.store import write_tokens
 
-    run = create_run_dir(config)
-    try:
+    def write(run: RunDir) -> None:
         write_tokens(prepared.train, run.train_rows)
         write_tokens(prepared.validation, run.validation_rows)
         write_tokens(prepared.members, run.members)
@@ -297,16 +296,8 @@ def _write_run(
         if given is not None:
             write_atomically(run.path / GIVEN_CONFIG_NAME, given)
         write_atomically(run.config, config_to_yaml(config))
-    except OSError as error:
-        shutil.rmtree(run.path, ignore_errors=True)  # half a run is none
-        raise ConfigError(
-            f"the run cannot be written to {run.path}: {error.strerror or error}",
-            hint="make room, or set output_dir to a folder of another disk",
-        ) from None
-    except LarasError:
-        shutil.rmtree(run.path, ignore_errors=True)
-        raise
-    return run
+
+    return create_run_dir(config, write)
 
 
 def _save(record: Record, run: RunDir) -> None:

@@ -17,9 +17,10 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -168,28 +169,53 @@ class RunSummary(Value):
     tuned_perplexity: float | None
 
 
-def create_run_dir(config: RunConfig, now: datetime | None = None) -> RunDir:
-    """Makes the directory of a new run: `output_dir/run_name`, or a name from date, model and four random digits.
+def create_run_dir(
+    config: RunConfig, write_files: Callable[[RunDir], None] = lambda run: None, now: datetime | None = None
+) -> RunDir:
+    """Makes the directory of a new run, whole or not at all.
+
+    It is `output_dir/run_name`, or has a name from date, model and four random digits.
+
+    Args:
+        config: Of the run.
+        write_files: Writes what a run begins with, into a folder aside that then gets the name.
+        now: For the date; None: today.
 
     Raises:
         RunStateError: When a run of that name is there already.
-        ConfigError: When the folder cannot be made.
+        ConfigError: When it cannot be written.
     """
+    require_new(config)
     day = (now or datetime.now(UTC)).strftime("%Y-%m-%d")
     name = config.run_name or f"{day}-{short_model_name(config.model_name_or_path)}-{secrets.token_hex(2)}"
     path = Path(config.output_dir).expanduser() / name
+    aside = path.with_name(f".{name}.{secrets.token_hex(2)}.partial")
     try:
-        path.mkdir(parents=True)
-    except FileExistsError:
-        raise RunStateError(
-            f"{path} exists already",
-            hint=f"choose another run_name, or go on with `laras resume {path}`",
-        ) from None
+        aside.mkdir(parents=True)
+        write_files(RunDir(aside))
+        aside.rename(path)
     except OSError as error:
+        require_new(config)  # another process may have been quicker
         raise ConfigError(
-            f"cannot make the run directory {path}: {error.strerror}", hint="set output_dir to a folder you can write"
+            f"the run cannot be written to {path}: {error.strerror or error}",
+            hint="make room, or set output_dir to a folder that you can write",
         ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return RunDir(path)
+
+
+def require_new(config: RunConfig) -> None:
+    """Refuses the name of a run that is there already; asked first, as what comes before the directory takes time.
+
+    Raises:
+        RunStateError: When there is something of that name.
+    """
+    path = Path(config.output_dir).expanduser() / (config.run_name or "")
+    if config.run_name and os.path.lexists(path):
+        raise RunStateError(
+            f"{path} exists already", hint=f"choose another run_name, or go on with `laras resume {path}`"
+        )
 
 
 @contextmanager
@@ -221,10 +247,12 @@ def hold(run: RunDir) -> Iterator[None]:
         holder = Holder(
             host=socket.gethostname(), pid=os.getpid(), since=datetime.now(UTC).isoformat(timespec="seconds")
         )
-        write_atomically(run.path / _HOLDER_NAME, holder.model_dump_json() + "\n")
+        with suppress(OSError):  # a full disk: the lock is what counts
+            write_atomically(run.path / _HOLDER_NAME, holder.model_dump_json() + "\n")
         yield
     finally:
-        (run.path / _HOLDER_NAME).unlink(missing_ok=True)
+        with suppress(OSError):
+            (run.path / _HOLDER_NAME).unlink()
         lock.release()
 
 
@@ -254,7 +282,7 @@ def run_status(run: RunDir) -> RunStatus:
 
 def list_runs(output_dir: Path, further: Sequence[Path] = ()) -> list[RunSummary]:
     """Every run below a folder, and further ones, the best score first, those without one by name, newest first."""
-    runs = [RunDir(path) for path in (*(path.parent for path in output_dir.glob(f"*/{CONFIG_NAME}")), *further)]
+    runs = [RunDir(path) for path in (*(path.parent for path in output_dir.glob(f"[!.]*/{CONFIG_NAME}")), *further)]
     summaries = sorted((_summary(run) for run in runs), key=lambda summary: summary.path, reverse=True)
     return sorted(summaries, key=lambda s: s.tuned_perplexity if s.tuned_perplexity is not None else float("inf"))
 

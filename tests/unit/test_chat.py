@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 from functools import partial
 
 import pytest
@@ -16,8 +17,10 @@ import tiny_models
 from laras.cli import chat as chat_module
 from laras.cli.chat import chat_command
 from laras.cli.export import export_command
-from laras.errors import ConfigError
+from laras.config_file import config_to_yaml
+from laras.errors import CheckpointError, ConfigError
 from laras.evaluation.generate import GenerationSettings
+from laras.rundir import RunDir
 
 app = typer.Typer()
 app.command("chat")(chat_command)
@@ -88,6 +91,15 @@ def test_two_answers_stand_in_columns_beside_which_the_terminal_can_write_its_ow
     lines = re.sub(r"\x1b\[[?\d;]*\w", "\n", screen.getvalue()).splitlines()
     assert any("[base]" in line and "[tuned]" in line for line in lines)
     assert 60 < max(map(len, lines)) <= 77
+
+
+def test_a_configuration_that_names_another_model_is_refused_by_name(run, tmp_path):
+    other = tiny_models.base_model("llama", tmp_path / "other", hidden_size=32)
+    copy = RunDir(shutil.copytree(run, tmp_path / "run"))
+    config = copy.load_config().model_copy(update={"model_name_or_path": str(other)})
+    copy.config.write_text(config_to_yaml(config), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=f"is not one for {other}"):
+        chat(copy.path, "--prompt", "sea")
 
 
 def test_json_without_a_prompt_is_refused(run):

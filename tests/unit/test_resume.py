@@ -229,7 +229,7 @@ def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.raises(TrainingInterrupted):
         train(
             folder / "run", Scenario(), observer=Signaller(signal.SIGTERM, at_step=3),
-            plan=Scenario().train_plan(source),
+            plan=Scenario().train_plan(source), config=Scenario().run_config(source),
         )  # fmt: skip
     return folder
 
@@ -237,9 +237,11 @@ def stopped_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def resume_changed(folder: Path, run: Path, change: dict[str, Any]) -> RunResult:
     shutil.copytree(folder / "run", run)
     scenario = Scenario(choices=change.get("choices", {}), config=change.get("config", {}))
-    options = {key: value for key, value in change.items() if key not in ("choices", "config")}
-    options.setdefault("plan", scenario.train_plan(str(folder / "source")))
-    return train(run, scenario, resume=True, **options)[0]
+    options = {key: value for key, value in change.items() if key not in ("choices", "config", "source")}
+    source = str(change.get("source", folder / "source"))
+    return train(
+        run, scenario, resume=True, plan=scenario.train_plan(source), config=scenario.run_config(source), **options
+    )[0]
 
 
 @pytest.mark.parametrize("field", CHANGES)
@@ -256,7 +258,36 @@ def test_a_changed_run_is_refused_with_the_field_and_both_values(stopped_run: Pa
 def test_every_part_of_the_identity_is_tried(stopped_run: Path) -> None:
     (newest,) = (stopped_run / "run" / "checkpoints").glob("step-3")
     identity = json.loads((newest / "training.json").read_text())["identity"]
-    assert set(identity) == set(CHANGES) | OF_THE_MODEL
+    assert set(identity) == set(CHANGES) | OF_THE_MODEL | {"config"}
+
+
+ASKED = {
+    "learning_rate": 1e-5, "lora_r": 2, "effective_batch_size": 16, "packing": True, "optim": "adamw_8bit",
+    "max_length": 512, "dataset": "other.jsonl", "completion_only_loss": False, "split": {"test": 0.5},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ASKED)
+def test_an_edited_configuration_that_the_plan_does_not_follow_is_refused(
+    stopped_run: Path, tmp_path: Path, key: str
+) -> None:
+    with pytest.raises(RunStateError, match="has changed since step-3") as caught:
+        resume_changed(stopped_run, tmp_path / "run", {"config": {key: ASKED[key]}})
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{key}: was ")
+
+
+def test_a_checkpoint_of_a_version_that_kept_no_configuration_is_gone_on_with(
+    stopped_run: Path, tmp_path: Path
+) -> None:
+    older = tmp_path / "older"
+    shutil.copytree(stopped_run, older)
+    checkpoint = older / "run" / "checkpoints" / "step-3"
+    state = json.loads((checkpoint / "training.json").read_text())
+    del state["identity"]["config"]
+    (checkpoint / "training.json").write_text(json.dumps(state))
+    whole_folder.seal_folder(checkpoint)
+    assert resume_changed(older, tmp_path / "run", {"source": stopped_run / "source"}).status == "finished"
 
 
 def test_with_packing_the_size_of_the_bins_has_to_stay(tmp_path: Path) -> None:
@@ -283,15 +314,15 @@ def test_another_tokenizer_template_or_base_is_refused(stopped_run: Path, tmp_pa
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(RunStateError, match="model_weights"):
-        resume_changed(stopped_run, tmp_path / "base", {"plan": Scenario().train_plan(str(other))})
+        resume_changed(stopped_run, tmp_path / "base", {"source": other})
     rotated = tiny.save_base(tmp_path / "rotated")
     config = json.loads((rotated / "config.json").read_text())
     (rotated / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     with pytest.raises(RunStateError, match="model_config") as caught:
-        resume_changed(stopped_run, tmp_path / "config", {"plan": Scenario().train_plan(str(rotated))})
+        resume_changed(stopped_run, tmp_path / "config", {"source": rotated})
     assert len(caught.value.problems) == 1
     (rotated / "config.json").write_text(json.dumps(config | {"transformers_version": "5.99.0"}))  # says nothing
-    assert resume_changed(stopped_run, tmp_path / "run", {"plan": Scenario().train_plan(str(rotated))}).steps == 6
+    assert resume_changed(stopped_run, tmp_path / "run", {"source": rotated}).steps == 6
 
 
 @pytest.mark.parametrize(

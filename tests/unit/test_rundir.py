@@ -19,7 +19,7 @@ import pytest
 
 from laras.config import RunConfig
 from laras.config_file import config_to_yaml
-from laras.errors import ExitCode, RunStateError
+from laras.errors import ConfigError, ExitCode, RunStateError
 from laras.records import BestCheckpoint, EvalResult, Measured, RunResult, RunStatus, SplitScore
 from laras.rundir import RunDir, create_run_dir, hold, is_held, list_runs, read_holder, run_status
 
@@ -70,7 +70,7 @@ def test_the_name_of_a_run_holds_day_and_model_and_stays_inside_the_output_folde
     tmp_path: Path, source: str, name: str
 ) -> None:
     config = RunConfig(output_dir=str(tmp_path), model_name_or_path=source)
-    run = create_run_dir(config, datetime(2026, 11, 24, tzinfo=UTC))
+    run = create_run_dir(config, now=datetime(2026, 11, 24, tzinfo=UTC))
     assert run.path.parent == tmp_path
     assert run.path.name[:-5] == f"2026-11-24-{name}"
     assert run.path != create_run_dir(config).path
@@ -81,6 +81,32 @@ def test_an_existing_run_is_not_written_over(tmp_path: Path) -> None:
     with pytest.raises(RunStateError, match="exists already") as caught:
         create_run_dir(RunConfig(output_dir=str(tmp_path), run_name="r"))
     assert "laras resume" in str(caught.value)
+
+
+def test_a_process_that_dies_while_it_begins_a_run_leaves_no_half_of_one_and_its_name_free(tmp_path: Path) -> None:
+    code = (
+        "import os\nfrom laras.config import RunConfig\nfrom laras.rundir import create_run_dir\n"
+        "def die(run):\n    run.config.write_text('half'); os._exit(9)\n"
+        f"create_run_dir(RunConfig(output_dir={str(tmp_path)!r}, run_name='r'), die)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 9
+    assert list_runs(tmp_path) == [] and not (tmp_path / "r").exists()
+    assert new_run(tmp_path).path == tmp_path / "r"
+
+
+def test_a_run_that_cannot_be_written_is_none_and_the_quicker_of_two_keeps_its_name(tmp_path: Path) -> None:
+    config = RunConfig(output_dir=str(tmp_path), run_name="r")
+
+    def full(run: RunDir) -> None:
+        run.config.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(ConfigError, match=f"cannot be written to .*: {os.strerror(errno.ENOSPC)}"):
+        create_run_dir(config, full)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RunStateError, match="exists already"):
+        create_run_dir(config, lambda run: (new_run(tmp_path), None)[1])
+    assert [path.name for path in tmp_path.iterdir()] == ["r"]
 
 
 def test_a_run_has_one_owner_and_the_second_is_told_who(tmp_path: Path) -> None:
@@ -185,6 +211,14 @@ def test_a_folder_that_cannot_be_locked_is_refused_by_name(tmp_path: Path, monke
     assert not (run.path / ".holder.json").exists()
     with pytest.raises(RunStateError, match="cannot be locked"), hold(RunDir(run.config)):  # a file
         pass
+
+
+def test_a_note_that_cannot_be_written_keeps_nobody_out(tmp_path: Path) -> None:
+    run = new_run(tmp_path)
+    (run.path / ".holder.json").mkdir()  # as a full disk, which root writes to all the same
+    with hold(run):
+        assert is_held(run)
+    assert not is_held(run)
 
 
 def test_the_status_is_that_of_the_result_or_of_what_was_left(tmp_path: Path) -> None:

@@ -93,7 +93,6 @@ def outcome_json(outcome: TrainOutcome) -> dict[str, Any]:
 
 def _show(outcome: TrainOutcome, evaluation: EvalResult | None, as_json: bool) -> None:
     from laras.cli.test import evaluation_json, show_evaluation
-    from laras.records import SplitManifest
 
     if as_json:
         print_json(outcome_json(outcome) | ({"test": evaluation_json(evaluation)} if evaluation else {}))
@@ -111,5 +110,4 @@ def _show(outcome: TrainOutcome, evaluation: EvalResult | None, as_json: bool) -
         typer.echo()
         show_evaluation(evaluation)
     else:
-        verb = "test" if SplitManifest.load(outcome.run_dir).test.rows else "chat"
-        typer.echo(f"next    laras {verb} {outcome.run_dir}")
+        typer.echo(f"next    laras test {outcome.run_dir}")

@@ -57,7 +57,7 @@ def require_final(final_dir: Path) -> None:
     """
     again = f"`laras resume {final_dir.parent} --checkpoint N` with its last step writes it anew"
     if not final_dir.is_dir():
-        raise CheckpointError(f"{final_dir} is missing", hint=again)
+        raise CheckpointError(f"{final_dir} is missing", hint=f"finish the run with `laras resume`; else {again}")
     require_whole(final_dir, again)
 
 
@@ -71,7 +71,7 @@ def load_finished(config: RunConfig, choices: PlanChoices, final_dir: Path, devi
         device: Where to put them; on a CPU a run in fp16 is computed in fp32.
 
     Raises:
-        CheckpointError: When `final/` is missing or damaged.
+        CheckpointError: When `final/` is missing, damaged, or of another model.
         RunStateError: When this process has Unsloth.
         ConfigError: When the base cannot be loaded.
     """
@@ -87,7 +87,15 @@ def load_finished(config: RunConfig, choices: PlanChoices, final_dir: Path, devi
         tuned: nn.Module = load_model(str(final_dir), precision=_precision(choices, device), device=str(device))
         base.train(False)
         return FinishedModels(tokenizer, tuned.eval(), base)
-    tuned = PeftModel.from_pretrained(base, str(final_dir), torch_device=str(device))
+    try:
+        tuned = PeftModel.from_pretrained(base, str(final_dir), torch_device=str(device))
+    except (RuntimeError, ValueError) as error:  # sizes, or names of layers
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise CheckpointError(
+            f"the adapter in {final_dir} is not one for {config.model_name_or_path}: {str(error).splitlines()[0]}",
+            hint="restore the run's config.yaml, and the model that it names as it was in training",
+        ) from None
     return FinishedModels(tokenizer, tuned.eval(), None)
 
 

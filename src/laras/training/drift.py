@@ -1,9 +1,10 @@
 """What a run is, and the refusal to go on with another one under its name.
 
 A checkpoint holds the identity of its run: everything that the weights, the losses and the choice of the best model
-depend on. What is not in it may change between stop and resume: trackers, logging and saving intervals and limits,
-`save_total_limit`, loader workers, evaluation batch, gradient checkpointing, number of processes, and without packing
-the micro-batch, as long as the effective batch stays.
+depend on, as it was planned and as the configuration asks for it, for an edited configuration changes no plan. What is
+not in it may change between stop and resume: trackers, logging and saving intervals and limits, `save_total_limit`,
+evaluation batch, gradient checkpointing, number of processes, and without packing the micro-batch, as long as the
+effective batch stays.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ Identity = dict[str, Any]  # plain values by name; None where it could not be fo
 _WEIGHT_SUFFIXES = (".safetensors", ".gguf")
 _MAY_BE_UNKNOWN = ("model_weights", "model_config")  # to a session without the files, or to an older version
 _NOTES_OF_A_CONFIG = ("transformers_version", "_name_or_path")
+_FREE_KEYS = {
+    "profile", "model_name_or_path", "model_revision", "trust_remote_code", "output_dir", "run_name", "report_to",
+    "logging_steps", "save_steps", "save_total_limit", "max_skipped_steps", "gpu", "memory_budget_fraction",
+    "gradient_checkpointing", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+}  # fmt: skip
 _HUB_DIGEST_CHARS = 64  # the Hub's cache names a file by its SHA-256
 
 
@@ -73,8 +80,8 @@ def identity_of(
         "validation_data": validation_sha256,
         "tokenizer": _tokenizer_digest(tokenizer),
         "chat_template": digest_of(tokenizer.chat_template) if tokenizer.chat_template else None,
-        "model_weights": weights_digest(plan.model.source, config.model_revision),
-        "model_config": _config_digest(plan.model.source, config.model_revision),
+        "model_weights": weights_digest(config.model_name_or_path, config.model_revision),
+        "model_config": _config_digest(config.model_name_or_path, config.model_revision),
         "effective_batch": choices.per_device_train_batch_size * micro_batches,
         "packing": choices.packing,
         **packed,
@@ -85,6 +92,7 @@ def identity_of(
         **(adapter if choices.finetuning_type == "lora" else {}),
         "target_modules": sorted(choices.target_modules),
         **optimization,
+        "config": config.model_dump(mode="json", exclude=_FREE_KEYS),
     }
 
 
@@ -96,18 +104,26 @@ def check_resume(checkpoint: Path, current: Identity) -> None:
         CheckpointError: When the checkpoint's state is of another version.
     """
     saved: Identity = read_state(checkpoint)["identity"]
-    problems = []
-    for name in sorted(saved.keys() | current.keys()):
-        old, new = saved.get(name), current.get(name)
-        if old != new and not (name in _MAY_BE_UNKNOWN and None in (old, new)):
-            problems.append(f"{name}: was {_shown(old)}, is {_shown(new)}")
-    if problems:
+    # An older version kept no configuration. Where both differ, the planned value is the one that was in force.
+    asked = _changes(saved.get("config") or current["config"], current["config"])
+    planned = _changes(*({key: value for key, value in one.items() if key != "config"} for one in (saved, current)))
+    if problems := [text for _, text in sorted((asked | planned).items())]:
         raise RunStateError(
             f"the run has changed since {checkpoint.name}",
             problems=problems,
             hint="undo the change, or go on with it on purpose in a new run: "
             f"`laras train CONFIG --from {checkpoint.parent.parent}` starts from these weights",
         )
+
+
+def _changes(saved: Identity, current: Identity) -> dict[str, str]:
+    """Name of what changed → the old and the new value."""
+    changes = {}
+    for name in saved.keys() | current.keys():
+        old, new = saved.get(name), current.get(name)
+        if old != new and not (name in _MAY_BE_UNKNOWN and None in (old, new)):
+            changes[name] = f"{name}: was {_shown(old)}, is {_shown(new)}"
+    return changes
 
 
 def weights_digest(source: str, revision: str | None = None) -> str | None:

@@ -32,6 +32,7 @@ def choose_checkpoint(run_dir: Path, step: int | None, observer: Observer) -> Pa
     if finished and step is None:
         raise RunStateError(
             f"{run_dir} has finished; there is nothing to resume",
-            hint="start a new run, or name the step to go back to with --checkpoint N",
+            hint=f"`laras test {run_dir}` scores it, `laras report {run_dir}` writes its page; to go back, name a step "
+            "with --checkpoint N",
         )
     return checkpoints.choose_checkpoint(run_dir / "checkpoints", step, observer)
