@@ -18,8 +18,10 @@ def test_the_public_surface_is_this_and_nothing_more() -> None:
     assert sorted(laras.__all__) == sorted([*others, *verbs])
     for name in verbs:
         function = getattr(laras, name)
-        assert inspect.getdoc(function)
-        assert inspect.signature(function).return_annotation is not inspect.Signature.empty
+        told, signature = inspect.getdoc(function) or "", inspect.signature(function)
+        assert signature.return_annotation is not inspect.Signature.empty
+        assert [argument for argument in signature.parameters if f"{argument}: " not in told.split("Args:")[1]] == []
+        assert "Raises:" in told
     with pytest.raises(AttributeError, match="nonsense"):
         _ = laras.nonsense
 
