@@ -8,7 +8,8 @@ folder for each part, as soon as it is there, beside the log; DIR/on_gpu.tar.gz 
 seconds, so that one file is enough to come back and nothing is lost where the call is cut off.
 
 A second call goes on: with what --work has, on another machine with --known, the file of the call before. What ended
-well is not run again. Unsloth, bitsandbytes and the weights of the built-in example are used where they are installed.
+well is not run again. bitsandbytes and the weights of the built-in example are used where they are installed. Unsloth,
+and what it alone needs, lies in the folder UNSLOTH_SITE, since some of its packages change what other libraries do.
 """
 
 from __future__ import annotations
@@ -39,11 +40,12 @@ class Part:
     most_s: float
     command: tuple[str, ...]
     cards: tuple[int, ...] = (0,)  # where there are two
+    site: str = ""  # variable that names a folder of packages for this part alone
 
 
 CHECKS = (
     Part("two", 150, (*PYTEST, str(TWO)), (0, 1)),
-    Part("unsloth", 240, (*PYTEST, str(UNSLOTH))),
+    Part("unsloth", 240, (*PYTEST, str(UNSLOTH)), site="UNSLOTH_SITE"),
     Part("tests", 240, (
         *PYTEST, "-n", "4", "--dist", "loadfile", "--ignore", str(UNSLOTH), "--ignore", str(TWO), str(TESTS),
     )),
@@ -73,16 +75,12 @@ def run_part(part: Part, cards: str, work: Path, ends_at: float) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     values = {"PART": str(folder), "LEFT": str(int(left_s))}
     command = [sys.executable, *(_filled(word, values) for word in part.command)]
-    paths = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", "")]
-    environment = {
-        **os.environ, "CUDA_VISIBLE_DEVICES": cards, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-    }  # fmt: skip
     began, log = time.monotonic(), folder / "log.txt"
     with log.open("ab") as output:
         process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=HERE.parent, start_new_session=True
-        )
+            command, env=_environment(part, cards), stdout=output, stderr=subprocess.STDOUT, cwd=HERE.parent,
+            start_new_session=True,
+        )  # fmt: skip
         try:
             status: int | None = process.wait(left_s + _GRACE_S)
         except subprocess.TimeoutExpired:
@@ -95,6 +93,17 @@ def run_part(part: Part, cards: str, work: Path, ends_at: float) -> None:
     how = "out of time" if status is None else f"status {status}"
     shown = "\n    ".join(log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:])
     print(f"{part.name} on {cards}: {how} after {time.monotonic() - began:.0f} s\n    {shown}", flush=True)
+
+
+def _environment(part: Part, cards: str) -> dict[str, str]:
+    site = os.environ.get(part.site, "")
+    paths = [str(HERE.parent / "src"), os.environ.get("PYTHONPATH", ""), site]
+    libraries = [f"{site}/nvidia/cuda_runtime/lib" if site else "", os.environ.get("LD_LIBRARY_PATH", "")]
+    return {
+        **os.environ, "CUDA_VISIBLE_DEVICES": cards, "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, libraries)),
+    }  # fmt: skip
 
 
 def _filled(word: str, values: dict[str, str]) -> str:

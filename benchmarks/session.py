@@ -17,7 +17,7 @@ import time
 
 import throughput
 
-CASE_S, PEER_S = 75, 110  # most seconds of one; a case takes 30
+LEAST_S, CASE_S, PEER_S = 40, 75, 110  # least and most seconds for one; a case takes 30, and twice that of 7B
 # (what, case) by group: `laras` runs here, the others are peers at that many tokens a step or of that shape. A group
 # holds all that is compared with one another, so that machines with several GPUs can run one group on each.
 GROUPS = {
@@ -63,7 +63,7 @@ def run_session(arguments):
     cases = [one for group in arguments.groups.split(",") for one in GROUPS[group]]
     named = [(what, case if what == "laras" else f"{case}@{what}") for what, case in cases]
     left = [(what, name) for what, name in named if name not in done and (what == "laras" or arguments.peers)]
-    while left and (left_s := arguments.budget_s - (time.time() - started)) >= (5 if throughput.TINY else 25):
+    while left and (left_s := arguments.budget_s - (time.time() - started)) >= (5 if throughput.TINY else LEAST_S):
         what, name = left.pop(0)
         if what == "laras":
             result = throughput.run_case(name, arguments, min(left_s, CASE_S * (2 if name.startswith("7b") else 1)))

@@ -85,6 +85,20 @@ def test_a_second_call_runs_what_did_not_end_well_and_knows_its_card_and_its_sec
     assert found["bad/log.txt"] == "1 20\n" * 2
 
 
+def test_packages_that_change_other_libraries_are_there_for_one_part_alone(
+    on_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "changes_everything.py").touch()
+    monkeypatch.setenv("SOME_SITE", str(tmp_path / "site"))
+    imports = "import laras; from importlib.util import find_spec; print(find_spec('changes_everything') is not None)"
+    monkeypatch.setattr(on_gpu, "CHECKS", (python("with", imports, site="SOME_SITE"), python("without", imports)))
+    monkeypatch.setattr(on_gpu, "MEASUREMENTS", ())
+    on_gpu.run_all(["with", "without"], 1, tmp_path / "work", tmp_path, time.monotonic() + 60)
+    found = found_in(tmp_path)
+    assert (found["with/log.txt"], found["without/log.txt"]) == ("True\n", "False\n")
+
+
 def test_what_is_measured_on_two_cards_is_never_in_one_file(on_gpu: Any) -> None:
     import memory
     import step_time
