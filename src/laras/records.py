@@ -82,6 +82,7 @@ class DatasetProfile(Record):
     mask_source: Literal["generation-markers", "derived", "boundary", "all-tokens"]
     tokenizer_digest: str
     chat_template_digest: str | None
+    unused_columns: tuple[str, ...] = ()  # of the data, which the format has no use for
 
 
 class SplitInfo(Value):

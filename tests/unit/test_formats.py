@@ -64,6 +64,8 @@ def test_a_mapped_column_is_not_found_again_under_its_own_name():
         (["question", "answer"], "auto", "did you mean 'completion' by 'answer'?"),
         (["instruction", "outputs"], "alpaca", "did you mean 'output' by 'outputs'?"),
         (["id", "x"], "auto", "no known format has these columns; the data has 'id', 'x'"),
+        (["chosen", "rejected"], "auto", "did you mean 'messages' by 'chosen'?"),
+        (["prompt", "chosen", "rejected"], "auto", "did you mean 'completion' by 'chosen'?"),
         (["id"], "alpaca", "format alpaca needs 'instruction', 'output'"),
         ([], "auto", "the data has no columns"),
     ],
@@ -126,6 +128,26 @@ def test_tools_keep_their_calls_and_arrow_nones_are_ignored():
     result = normalize_row({"messages": [USER, call, answer, ASSISTANT]}, MESSAGES)
     assert result["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
     assert result["messages"][2] == {"role": "tool", "content": "", "tool_call_id": "1"}
+
+
+def test_an_answer_that_says_so_carries_no_loss_and_any_other_number_is_refused():
+    marks = ({"weight": 0}, {"train": True}, {"train": False})
+    without, plain = [turn for mark in marks for turn in (USER, {**ASSISTANT, **mark})], [USER, ASSISTANT] * 3
+    assert normalize_row({"messages": without}, MESSAGES) == {"messages": plain, "without_loss": [0, 2]}
+    weighted = [{**USER, "weight": 0}, {**ASSISTANT, "weight": 1.0, "training": None}]
+    assert normalize_row({"messages": weighted}, MESSAGES) == {"messages": [USER, ASSISTANT]}
+    assert "message 2: weight is 0.5, neither 0 nor 1" in reason([USER, {**ASSISTANT, "weight": 0.5}])
+
+
+@pytest.mark.parametrize("given", [[{"name": "f"}], '[{"name": "f"}]'])
+def test_tools_reach_the_template_as_objects(given):
+    layout = Layout("messages", {"messages": "messages", "tools": "tools"})
+    row = {"messages": [USER, ASSISTANT], "tools": given}
+    assert normalize_row(row, layout) == {"messages": [USER, ASSISTANT], "tools": [{"name": "f"}]}
+    for none in (None, [], "", "[]"):
+        assert normalize_row({**row, "tools": none}, layout) == {"messages": [USER, ASSISTANT]}
+    assert "field 'tools' is a text that is no JSON" in normalize_row({**row, "tools": "f("}, layout)
+    assert "field 'tools' is a number (3), not a list of objects" in normalize_row({**row, "tools": 3}, layout)
 
 
 def test_text_parts_are_joined_and_other_parts_refused():

@@ -437,6 +437,21 @@ def test_optional_field_that_appears_late_is_used(tmp_path, monkeypatch):
     assert "do 8\n\nwith this" in decoded(last)
 
 
+def test_columns_that_are_not_used_are_named_from_the_cache_too(tmp_path):
+    rows = [{**row, "score": 1, "kind": n % 2, "tools": []} for n, row in enumerate(chats(40))]
+    data = write(tmp_path / "a.jsonl", rows)
+    for _ in range(2):
+        prepared = prepare(data, observer=(observer := Notes()), split={"stratify_by": "kind"})
+        assert prepared.profile.unused_columns == ("score",)
+        assert "columns that are not used: 'score'" in observer.messages
+
+
+def test_without_a_share_for_validation_the_manifest_says_what_that_means(tmp_path):
+    prepared = prepare(write(tmp_path / "a.jsonl", chats(40)), split={"validation": 0})
+    assert prepared.validation.num_rows == 0
+    assert any("no row validates" in warning for warning in prepared.manifest.warnings)
+
+
 def test_unknown_field_to_stratify_by_is_refused(tmp_path):
     with pytest.raises(DataError, match="no field 'language'") as caught:
         prepare(write(tmp_path / "a.jsonl", chats(5)), split={"stratify_by": "language"})

@@ -222,8 +222,6 @@ def test_a_folder_of_named_parts_keeps_them(tmp_path):
     for name in ("valid.jsonl", "train.jsonl", "test.jsonl"):
         write(tmp_path / name, "{}")
     assert names(str(tmp_path)) == [("train.jsonl", "train"), ("valid.jsonl", "validation"), ("test.jsonl", "test")]
-    write(tmp_path / "more.jsonl", "{}")
-    assert {part for _, part in names(str(tmp_path))} == {None}
 
 
 def test_parts_are_read_train_first(tmp_path):
@@ -281,6 +279,37 @@ def test_all_missing_parts_are_named_at_once(tmp_path):
     with pytest.raises(DataError, match="no file or folder") as caught:
         find_sources(DatasetFiles(train=str(tmp_path / "a.jsonl")))
     assert caught.value.problems == ()
+
+
+@pytest.mark.parametrize(
+    ("names", "parts"),
+    [
+        (
+            ["data/test-00000-of-00001.jsonl", "data/train-00000-of-00002.jsonl", "data/train-00001-of-00002.jsonl"],
+            ["train", "train", "test"],
+        ),
+        (["dev/chats.jsonl", "train/chats.jsonl"], ["train", "validation"]),
+        (["my_train_set.jsonl", "my_test_set.jsonl"], ["train", "test"]),
+        (["train.jsonl", "more.jsonl"], [None, None]),
+        (["unit_test_questions.jsonl", "others.jsonl"], [None, None]),
+    ],
+)
+def test_files_whose_names_hold_their_part_keep_it_in_a_folder_and_in_a_glob(tmp_path, names, parts):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text('{"text": "one"}\n')
+    assert [source.part for source in find_sources(str(tmp_path))] == parts
+    assert [source.part for source in find_sources(f"{tmp_path}/**/*.jsonl")] == parts
+
+
+def test_files_of_no_part_beside_train_and_test_are_refused_by_name(tmp_path):
+    for name in ("train", "test", "more"):
+        (tmp_path / f"{name}.jsonl").write_text('{"text": "one"}\n')
+    for dataset in (tmp_path, tmp_path / "*.jsonl"):
+        with pytest.raises(DataError, match=r"of train and of test, and 1 whose part is not .*more\.jsonl\n") as caught:
+            find_sources(str(dataset))
+        assert "dataset: {train:" in caught.value.hint
+    assert [source.part for source in find_sources(DatasetFiles(train=str(tmp_path)))] == ["train"] * 3
 
 
 def test_all_unusable_files_of_a_glob_are_named_at_once(tmp_path):

@@ -142,6 +142,31 @@ def test_system_message_and_questions_carry_no_loss():
     assert learned(encode(chat("q", "a", "trailing question", system="s"), "llama3")) == "a<|eot_id|>"
 
 
+@each_template
+def test_an_answer_without_loss_has_none_and_the_others_keep_theirs(name):
+    encoded = encode({**chat("one?", "first", "two?", "second"), "without_loss": [0]}, name)
+    assert "first" in encoded.text and "first" not in learned(encoded)
+    assert learned(encoded).strip().startswith("second") and END_OF_TURN[name] in learned(encoded)
+
+
+def test_an_answer_without_loss_is_refused_where_it_cannot_be_told():
+    example = {**chat("one?", "first", "two?", "second"), "without_loss": [0]}
+    (refused,) = build_renderer(TOKENIZER, "messages", False, template("chatml")).encode([example])
+    assert "completion_only_loss: false" in refused.reason
+    once = "{% generation %}" + template("chatml") + "{% endgeneration %}"
+    (refused,) = build_renderer(TOKENIZER, "messages", True, once).encode([example])
+    assert "marks 1 ranges for 2 answers" in refused.reason
+
+
+@pytest.mark.parametrize("name", ["chatml", "chatml_marked"])
+def test_the_template_is_told_of_the_tools_and_they_carry_no_loss(name):
+    source = "{% for tool in tools %}{{ tool.name }}() {% endfor %}" + template(name)
+    (encoded,) = build_renderer(TOKENIZER, "messages", True, source).encode(
+        [{**chat("one?", "first"), "tools": [{"name": "find"}]}]
+    )
+    assert encoded.text.startswith("find() ") and learned(encoded).strip().startswith("first")
+
+
 def test_loss_on_every_token_when_asked_for():
     encoded = encode(chat("q", "a"), "chatml", only=False)
     assert encoded.labels == encoded.input_ids

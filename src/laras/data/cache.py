@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from transformers import PreTrainedTokenizerBase
 
-_LAYOUT = 3  # raised whenever the same settings would give other rows or records
+_LAYOUT = 4  # raised whenever the same settings would give other rows or records
 _KEPT_ENTRIES = 10
 _SETTINGS = (
     "dataset",

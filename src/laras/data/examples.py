@@ -48,6 +48,7 @@ class Collected:
         problems: Rows that cannot be used, in the order of the sources.
         overlong: Places of the rows beyond the cap, with their length in tokens.
         rows: Read, bad ones included.
+        unused: Columns that the format has no use for.
     """
 
     format: Format
@@ -60,6 +61,7 @@ class Collected:
     problems: list[RowProblem] = field(default_factory=list)
     overlong: list[tuple[str, int, int]] = field(default_factory=list)
     rows: int = 0
+    unused: tuple[str, ...] = ()
 
 
 class _Placed(NamedTuple):
@@ -148,7 +150,9 @@ def _layout(config: RunConfig, first: list[_Placed]) -> Layout:
         )
     taken = {*config.columns, *config.columns.values()}
     optional = {name: name for name in OPTIONAL_FIELDS[found.format] if name not in taken}
-    return Layout(found.format, {**optional, **found.columns})
+    fields = {**optional, **found.columns}
+    used = {*fields.values(), stratify_by}
+    return Layout(found.format, fields, tuple(str(column) for column in columns if column not in used))
 
 
 class _Encoder:
@@ -156,7 +160,10 @@ class _Encoder:
 
     def __init__(self, config: RunConfig, layout: Layout, renderer: Renderer, cap_tokens: int) -> None:
         self.collected = Collected(
-            layout.format, renderer.mask_source, DuplicateFinder(config.split.near_duplicate_threshold)
+            layout.format,
+            renderer.mask_source,
+            DuplicateFinder(config.split.near_duplicate_threshold),
+            unused=layout.unused,
         )
         self._config = config
         self._layout = layout

@@ -2,14 +2,18 @@
 
 text                text                                   → {"text"}
 prompt-completion   prompt, completion                     → {"prompt", "completion"}
-messages            messages: [{role, content}]            → {"messages"}
-sharegpt            conversations: [{from, value}]         → {"messages"}
+messages            messages: [{role, content}], tools?    → {"messages"}
+sharegpt            conversations: [{from, value}], tools? → {"messages"}
 alpaca              instruction, input?, output, system?   → {"messages"}
+
+Beside its messages an example has `tools`, where there are any for the template, and `without_loss`, where some of its
+answers carry none: their message says `weight: 0` (OpenAI) or `train: false` (Axolotl).
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -28,8 +32,8 @@ REQUIRED_FIELDS: dict[Format, tuple[str, ...]] = {
     "text": ("text",),
 }
 OPTIONAL_FIELDS: dict[Format, tuple[str, ...]] = {
-    "messages": (),
-    "sharegpt": ("system",),
+    "messages": ("tools",),
+    "sharegpt": ("system", "tools"),
     "alpaca": ("input", "system"),
     "prompt-completion": (),
     "text": (),
@@ -72,6 +76,8 @@ _MAY_FOLLOW: dict[str, tuple[str | None, ...]] = {
     "tool": ("assistant", "tool"),
 }
 _PLAIN_KEYS = {"role", "content"}
+_LOSS_KEYS = ("weight", "train", "training")  # of an answer: whether it carries loss
+_WITHOUT_LOSS = "without_loss"
 _KEPT_KEYS = ("tool_calls", "tool_call_id", "name")
 
 
@@ -81,6 +87,7 @@ class Layout:
 
     format: Format
     columns: Mapping[str, str]  # field → column; optional fields only where the data has them
+    unused: tuple[str, ...] = ()  # columns that say nothing to the format
 
 
 def detect_layout(
@@ -114,7 +121,9 @@ def detect_layout(
         "no known format has these columns" if wanted == "auto" else f"format {wanted} needs {_quoted(missing)}"
     ) + f"; the data has {_quoted(present)}"
     if guesses:
-        pairs = ", ".join(f"{field}: {column}" for field, column in guesses.items())
+        pairs = ", ".join(
+            f"{field}: {column if column.isidentifier() else json.dumps(column)}" for field, column in guesses.items()
+        )
         did_you_mean = "; ".join(f"did you mean {field!r} by {column!r}?" for field, column in guesses.items())
         raise DataError(f"{message}; {did_you_mean}", hint=f"rename the columns, or write `columns: {{{pairs}}}`")
     raise DataError(message, hint=_formats_hint())
@@ -130,8 +139,24 @@ def normalize_row(row: Any, layout: Layout) -> Example | str:
         return f"missing field {_quoted(missing)}"
     if layout.format in ("messages", "sharegpt"):
         field = REQUIRED_FIELDS[layout.format][0]
-        return _conversation(fields[field], fields.get("system"), layout.columns[field])
+        example = _conversation(fields[field], fields.get("system"), layout.columns[field])
+        return example if isinstance(example, str) else _with_tools(example, fields.get("tools"))
     return _plain_texts(fields, layout)
+
+
+def _with_tools(example: Example, given: Any) -> Example | str:
+    """The example with what its template is told about tools: a list of objects, or the JSON text of one."""
+    tools = given or []
+    if isinstance(given, str) and given.strip():
+        try:
+            tools = json.loads(given)
+        except (ValueError, RecursionError):
+            return "field 'tools' is a text that is no JSON"
+    elif isinstance(given, str):
+        tools = []
+    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
+        return f"field 'tools' is {_kind(tools)}, not a list of objects"
+    return {**example, "tools": tools} if tools else example
 
 
 def _plain_texts(fields: Mapping[str, Any], layout: Layout) -> Example | str:
@@ -168,9 +193,11 @@ def _conversation(turns: Any, system: Any, column: str) -> Example | str:
             where = f"after {before!r}" if before else "at the start"
             return f"message {number}: wrong role order, {message['role']!r} {where}"
         messages.append(message)
-    if not any(message["role"] == "assistant" for message in messages):
+    answers = [message for message in messages if message["role"] == "assistant"]
+    if not answers:
         return "no assistant turn"
-    return {"messages": messages}
+    without_loss = [number for number, answer in enumerate(answers) if answer.pop(_WITHOUT_LOSS, False)]
+    return {"messages": messages, "without_loss": without_loss} if without_loss else {"messages": messages}
 
 
 def _role(given: Mapping[str, Any]) -> tuple[str, str | None]:
@@ -204,9 +231,14 @@ def _message(turn: Any) -> dict[str, Any] | str:
     # Arrow tables give every key to every message, with None where a message has none.
     given = {key: value for key, value in turn.items() if value is not None}
     name, problem = _role(given)
+    weights = {key: given[key] for key in _LOSS_KEYS if key in given and name == "assistant"}
+    if unknown := [f"{key} is {value!r:.40}, neither 0 nor 1" for key, value in weights.items() if value not in (0, 1)]:
+        problem = unknown[0]
     if problem:
         return problem
     kept = {key: given[key] for key in _KEPT_KEYS if given.get(key)}
+    if not all(weights.values()):
+        kept[_WITHOUT_LOSS] = True
     content = given.get("content", given.get("value", "" if "tool_calls" in kept else None))
     if content is None:
         return "missing field 'content'"
@@ -261,6 +293,8 @@ def _likely_columns(missing: Sequence[str], present: Sequence[str]) -> dict[str,
     guesses: dict[str, str] = {}
     for column in present:
         meaning = _LIKELY_MEANING.get(column.lower())
+        if column.lower() == "chosen" and "prompt" in missing:  # of a pair without a prompt beside it: a conversation
+            meaning = "messages"
         close = difflib.get_close_matches(column.lower(), missing, n=1, cutoff=0.75)
         field = close[0] if close else meaning
         if field is not None and field in missing and field not in guesses:

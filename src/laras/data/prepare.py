@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SHOWN_REASONS = 5
+_SHOWN_COLUMNS = 10
 _VARYING = re.compile(r"'[^']*'|0x[0-9a-f]{2}|\d[\d,]*")
 
 
@@ -82,6 +83,9 @@ def prepare_dataset(
     if entry is None:
         entry = _prepared_anew(config, sources, tokenizer, known, observer)
         store_prepared(key, entry, observer)
+    if unused := entry.profile.unused_columns:
+        more = f" and {len(unused) - _SHOWN_COLUMNS} more" if len(unused) > _SHOWN_COLUMNS else ""
+        observer.message(f"columns that are not used: {', '.join(map(repr, unused[:_SHOWN_COLUMNS]))}{more}")
     for warning in entry.manifest.warnings:
         observer.warning(warning)
     return PreparedData(entry.profile, entry.manifest, **entry.tables)
@@ -121,6 +125,7 @@ def _profile(collected: Collected, table: pa.Table, groups: Groups, known: dict[
         duplicate_rows=groups.duplicate_rows,
         near_duplicate_groups=groups.shared,
         mask_source=collected.mask_source,
+        unused_columns=collected.unused,
         **known,
     )
 

@@ -75,7 +75,7 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | str, bool]]:
     """Number, content (or what is wrong with it) and whether a line end follows, without ever holding a huge line."""
     with path.open("rb") as file:
         start = file.read(3)
-        if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        if _is_utf16(start):
             raise DataError(f"{path}:1: the file is UTF-16, not UTF-8", hint="save it as UTF-8")
         if start != b"\xef\xbb\xbf":  # a byte order mark is skipped
             file.seek(0)
@@ -89,6 +89,11 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | str, bool]]:
             while not line.endswith(b"\n") and (line := file.readline(MAX_LINE_BYTES)):
                 size += len(line)
             yield number, f"a line of {size:,} bytes; the limit is {MAX_LINE_BYTES:,}", True
+
+
+def _is_utf16(start: bytes) -> bool:
+    """By its mark, or by the zero that every other byte of plain characters is."""
+    return start[:2] in (b"\xff\xfe", b"\xfe\xff") or b"\0" in start
 
 
 def _second_opinion(number: int, line: bytes, ended: bool) -> SourceRow:
@@ -118,7 +123,7 @@ def _json_detail(error: ValueError) -> str:
 def _json_rows(path: Path) -> Iterator[SourceRow]:
     """A list of rows, an object with one list, or lines of objects under a name that ends in .json."""
     content = path.read_bytes()
-    if content[:2] in (b"\xff\xfe", b"\xfe\xff"):
+    if _is_utf16(content[:3]):
         raise DataError(f"{path}:1: the file is UTF-16, not UTF-8", hint="save it as UTF-8")
     content = content.removeprefix(b"\xef\xbb\xbf")
     try:

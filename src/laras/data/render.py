@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from laras.data.limits import memory_limit
@@ -136,25 +137,29 @@ class Renderer:
 
     def _draft(self, example: Mapping[str, Any]) -> _Draft | RenderProblem:
         if "messages" in example:
-            return self._draft_chat(example["messages"])
+            return self._draft_chat(example)
         if "text" in example:
             return _Draft(self._with_eos(example["text"]), None)
         prompt = example["prompt"]
         text = prompt + self._with_eos(example["completion"])
         return _Draft(text, None if self.mask_source == "all-tokens" else [(len(prompt), len(text))])
 
-    def _draft_chat(self, messages: Sequence[Message]) -> _Draft | RenderProblem:
+    def _draft_chat(self, example: Mapping[str, Any]) -> _Draft | RenderProblem:
         from jinja2 import TemplateError
 
+        messages, tools = example["messages"], example.get("tools", ())
         if self.mask_source != "all-tokens" and all(message["role"] != "assistant" for message in messages):
             return RenderProblem("the conversation has no assistant turn to learn from")
         try:
-            text, marks = self._render(messages)
+            text, marks = self._render(messages, tools=tools)
+            spans = None
             if self.mask_source == "generation-markers":
-                return _Draft(text, marked_spans(text, marks, self._special))
-            if self.mask_source == "derived":
-                return _Draft(text, self._derived_spans(text, messages))
-            return _Draft(text, None)
+                spans = marked_spans(text, marks, self._special)
+            elif self.mask_source == "derived":
+                spans = self._derived_spans(text, messages, tools)
+            if without_loss := example.get("without_loss"):
+                spans = _without(without_loss, spans, messages)
+            return _Draft(text, spans)
         except UnverifiedSpanError as error:
             return RenderProblem(str(error))
         # A template is a program: besides raising on purpose it may add None to text, ask for a missing key, divide
@@ -163,9 +168,9 @@ class Renderer:
             detail = str(error) or type(error).__name__
             return RenderProblem(f"the chat template refuses the conversation: {detail}")
 
-    def _derived_spans(self, text: str, messages: Sequence[Message]) -> list[Span]:
+    def _derived_spans(self, text: str, messages: Sequence[Message], tools: Sequence[Any]) -> list[Span]:
         """From what the template writes around any contents of these roles, else from this conversation alone."""
-        if is_plain(messages):
+        if is_plain(messages) and not tools:
             roles = tuple(message["role"] for message in messages)
             if roles not in self._skeletons and len(self._skeletons) < _MOST_SKELETONS:
                 self._skeletons[roles] = self._build_skeleton(roles)
@@ -173,7 +178,7 @@ class Renderer:
             spans = skeleton.spans(text, [message["content"] for message in messages]) if skeleton else None
             if spans is not None:
                 return spans
-        return derived_spans(text, messages, self._render_part, self._special)
+        return derived_spans(text, messages, partial(self._render_part, tools=tools), self._special)
 
     def _build_skeleton(self, roles: Sequence[str]) -> Skeleton | None:
         from jinja2 import TemplateError
@@ -183,18 +188,21 @@ class Renderer:
         except (TemplateError, *_PROGRAM_ERRORS):
             return None  # the template asks for something that made-up contents do not have
 
-    def _render(self, messages: Sequence[Message], *, generation_prompt: bool = False) -> tuple[str, list[Span]]:
+    def _render(
+        self, messages: Sequence[Message], *, tools: Sequence[Any] = (), generation_prompt: bool = False
+    ) -> tuple[str, list[Span]]:
         """The text, and the ranges that the template marks."""
         assert self._chat_template is not None
         return self._chat_template.render(
             messages,
+            tools=tools,
             add_generation_prompt=generation_prompt,
             marked=self.mask_source == "generation-markers",
             **self._special_names,
         )
 
-    def _render_part(self, messages: Sequence[Message], generation_prompt: bool) -> str:
-        return self._render(messages, generation_prompt=generation_prompt)[0]
+    def _render_part(self, messages: Sequence[Message], generation_prompt: bool, tools: Sequence[Any] = ()) -> str:
+        return self._render(messages, tools=tools, generation_prompt=generation_prompt)[0]
 
     def _with_eos(self, text: str) -> str:
         return text if self._eos and text.endswith(self._eos) else text + self._eos
@@ -231,6 +239,22 @@ class Renderer:
         if not target_count(labels):
             return RenderProblem("no token of the example carries loss")
         return Encoded(input_ids, labels, text)
+
+
+def _without(numbers: Sequence[int], spans: list[Span] | None, messages: Sequence[Message]) -> list[Span]:
+    """The spans of the answers less those of the given numbers, where each answer has one.
+
+    Raises:
+        UnverifiedSpanError: It cannot be told which span is whose.
+    """
+    answers = sum(message["role"] == "assistant" for message in messages)
+    if spans is None:
+        raise UnverifiedSpanError("an answer is to carry no loss; `completion_only_loss: false` puts it on all tokens")
+    if len(spans) != answers:
+        raise UnverifiedSpanError(
+            f"an answer is to carry no loss, and the chat template marks {len(spans)} ranges for {answers} answers"
+        )
+    return [span for number, span in enumerate(spans) if number not in numbers]
 
 
 def target_count(labels: Sequence[int]) -> int:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 import hashlib
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from laras.config import BUILTIN_DATASET, DatasetFiles
 from laras.data.read import READERS, SourceRow, file_rows
@@ -34,6 +35,7 @@ _PART_NAMES: dict[str, SplitName] = {
     "eval": "validation",
     "test": "test",
 }
+_NO_WORD = re.compile(r"[^a-z0-9]+")
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(:[\w.-]+){0,2}")
 _KINDS = f"data files end in {', '.join(READERS)}"
 
@@ -110,7 +112,7 @@ def _local_sources(path: Path, part: SplitName | None) -> list[Source] | None:
         found = sorted(found for found in Path(path.anchor).glob(str(path.relative_to(path.anchor))) if found.is_file())
         if not found:
             raise DataError(f"no file matches {path}", hint="check the pattern; `**` reaches into folders")
-        return _files(found, part)
+        return _files(found, part) if part else _parts(found, Path(os.path.commonpath([file.parent for file in found])))
     if path.exists() or path.is_symlink():  # a pipe could be read once, and may never end
         raise DataError(f"{path} is neither a regular file nor a folder", hint="copy its content into a file")
     return None
@@ -134,13 +136,35 @@ def _folder(path: Path, part: SplitName | None) -> list[Source]:
     if not files:
         names = ", ".join(entry.name for entry in shown[:5]) or "no file"
         raise DataError(f"the folder {path} has no data file; it holds {names}", hint=_KINDS)
-    stems = [_PART_NAMES.get(file.stem.lower()) for file in files]
-    # A folder laid out as train/validation/test keeps its parts: dividing them anew would train on its test rows.
-    if part is None and "train" in stems and len(set(stems)) > 1 and None not in stems:
-        order = ("train", "validation", "test")
-        pairs = sorted(zip(files, stems, strict=True), key=lambda pair: order.index(str(pair[1])))
-        return [source for file, stem in pairs for source in _files([file], stem)]
-    return _files(files, part)
+    return _files(files, part) if part else _parts(files, path)
+
+
+def _parts(files: list[Path], root: Path) -> list[Source]:
+    """Files laid out as train, validation and test keep their parts: dividing them anew would train on test rows.
+
+    The part is a word of the file's name, or of a folder's below `root`.
+
+    Raises:
+        DataError: Some have a part and others do not.
+    """
+    found: dict[SplitName | None, list[Path]] = {}
+    for file in files:
+        found.setdefault(_part_of(file.relative_to(root)), []).append(file)
+    if "train" not in found or len(found.keys() - {None}) == 1:
+        return _files(files, None)
+    if others := found.get(None):
+        names = ", ".join(str(file) for file in others[:5])
+        raise DataError(
+            f"{root} holds files of train and of {', '.join(sorted(map(str, found.keys() - {None, 'train'})))}, and "
+            f"{len(others)} whose part is not in their name: {names}",
+            hint="name each part: `dataset: {train: [file, file], test: file}`",
+        )
+    return [source for part in get_args(SplitName) for source in _files(found.get(part, []), part)]
+
+
+def _part_of(file: Path) -> SplitName | None:
+    words = (word for name in (file.stem, *reversed(file.parts[:-1])) for word in _NO_WORD.split(name.lower()))
+    return next((_PART_NAMES[word] for word in words if word in _PART_NAMES), None)
 
 
 def _files(paths: list[Path], part: SplitName | None) -> list[Source]:
@@ -166,7 +190,8 @@ def _files(paths: list[Path], part: SplitName | None) -> list[Source]:
         record = SourceFile(path=str(path), bytes=size, sha256=digest.hexdigest())
         sources.append(Source(record, part, partial(file_rows, path)))
     if len(problems) == 1 and len(paths) == 1:
-        raise DataError(problems[0], hint=f"put examples into it, one a row; {_KINDS}")
+        advice = "put examples into it, one a row" if sources else "name a file of examples that is not compressed"
+        raise DataError(problems[0], hint=f"{advice}; {_KINDS}")
     if problems:
         raise DataError(f"{len(problems)} data files cannot be used", problems=problems, hint=_KINDS)
     return sources

@@ -65,6 +65,7 @@ class ChatTemplate:
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tools: Sequence[Any] = (),
         add_generation_prompt: bool = False,
         marked: bool = False,
         **names: Any,
@@ -79,7 +80,7 @@ class ChatTemplate:
         self._end_s, self._end_cpu_s = time.monotonic() + MAX_TIME_S, time.thread_time() + MAX_TIME_S
         given: dict[str, Any] = {
             "messages": [dict(message) for message in messages],
-            "tools": [],
+            "tools": list(tools),
             "documents": None,
             "add_generation_prompt": add_generation_prompt,
             **names,
