@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import tarfile
 import time
 from pathlib import Path
@@ -129,6 +131,13 @@ def test_only_steps_launched_as_the_products_are_have_a_part_in_the_fit(
     monkeypatch.setattr(memory, "RESULTS", tmp_path)
     (row,) = step_time._of_throughput("H200")
     assert row["key"].endswith("@qkv_again=0") and not row["chosen"].qkv_again
+
+
+def test_no_benchmark_has_the_name_of_a_package_that_a_library_looks_for() -> None:
+    """transformers imports `kernels` where there is one; a script's own folder comes first."""
+    benchmarks = Path(__file__).parents[2] / "benchmarks"
+    words = ("-c", "import transformers.modeling_utils, trl.trainer.sft_trainer")
+    subprocess.run([sys.executable, *words], env={**os.environ, "PYTHONPATH": str(benchmarks)}, check=True)
 
 
 def test_every_part_names_files_that_exist(on_gpu: Any) -> None:

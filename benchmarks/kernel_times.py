@@ -1,6 +1,6 @@
 """Attention and gated products by kernels of our own, beside what they would replace, on a GPU; a JSON object a line.
 
-    python benchmarks/kernels.py --out DIR [--budget-s 120]
+    python benchmarks/kernel_times.py --out DIR [--budget-s 120]
 
 Attention: for the heads of several models, over documents as the work of `throughput.py` has them, over rows of 2,048
 tokens and over one document, beside FlashAttention-2 of torch, with the greatest difference of results. Gated products
