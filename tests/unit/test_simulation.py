@@ -11,6 +11,8 @@ from laras.errors import LarasError
 from laras.models import recording, simulation
 from laras.models.build import build_model
 from laras.models.heads import PLAIN_HEAD_TYPES as HEADS_OF_MODELS
+from laras.models.layer_kinds import decoder_layers
+from laras.models.precision import torch_dtype
 from laras.models.recording import Recorder
 from laras.models.simulation import NotSimulated, trace_step
 from laras.models.step import eager_step
@@ -83,14 +85,63 @@ PATHS = {
 @pytest.mark.parametrize("name", PATHS)
 def test_a_short_trace_unrolled_is_the_whole_depth_request_for_request(simulate, monkeypatch, name):
     model_type, keys = PATHS[name]
-    short = simulate(shape(model_type), **keys)
-    assert short.layers == 5
-    monkeypatch.setattr("laras.models.simulation.TRACED_LAYERS", 99)
-    whole = simulate(shape(model_type), **keys)
-    assert whole.layers == SIZES["num_hidden_layers"]
-    unrolled, recorded = short.unroll(whole.layers), whole.unroll(whole.layers)
+    assert recorded_layers(simulate, monkeypatch, shape(model_type), **keys) == (6 if model_type == "gemma2" else 5)
+
+
+def recorded_layers(simulate, monkeypatch, values, **keys):
+    """Of a short trace, once it is found to be that of the whole depth."""
+    layers = values["num_hidden_layers"]
+    short = simulate(values, layers, **keys)
+    monkeypatch.setattr(simulation, "_repeat", lambda *_: None)
+    whole = simulate(values, layers, **keys)
+    assert whole.layers == layers
+    unrolled, recorded = short.unroll(layers), whole.unroll(layers)
     assert unrolled.peaks() == recorded.peaks()
     assert replay(unrolled.events) == replay(recorded.events)
+    assert short.work(layers) == whole.work(layers)
+    return short.layers
+
+
+NARROW = {
+    "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 96,
+    "vocab_size": 512, "sliding_window": 16,
+}  # fmt: skip
+EXPERTS = {
+    "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1,
+    "topk_group": 1, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+}  # fmt: skip
+LATENT = {
+    "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}  # fmt: skip
+LINEAR = {
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+}  # fmt: skip
+LFM2 = [*["conv", "conv", "full_attention"] * 3, *["conv", "full_attention"] * 3, "conv"]
+ALTERNATING = {  # layers, other keys, layers that are recorded
+    "smollm3": (12, {}, 8),  # every fourth layer does not rotate
+    "cohere2": (13, {}, 9),  # three of four slide
+    "gemma3_text": (16, {}, 10),  # five of six slide
+    "gpt_oss": (8, EXPERTS, 6),
+    "llama4_text": (12, {**EXPERTS, "intermediate_size_mlp": 96, "interleave_moe_layer_step": 2}, 8),
+    "deepseek_v3": (9, {**EXPERTS, **LATENT}, 7),  # three dense layers
+    "qwen3_next": (12, {**EXPERTS, **LINEAR}, 8),  # attention in one of four
+    "lfm2": (16, {"layer_types": LFM2, "block_ff_dim": 96}, 12),
+}
+
+
+@pytest.mark.parametrize("model_type", ALTERNATING)
+def test_so_is_that_of_a_model_whose_layers_alternate(simulate, monkeypatch, model_type):
+    layers, keys, recorded = ALTERNATING[model_type]
+    values = shape(model_type, **{**NARROW, **keys, "num_hidden_layers": layers})
+    planned = {"fused_layers": False, "loss_kind": "full", "max_length": 32}
+    assert recorded_layers(simulate, monkeypatch, values, gradient_checkpointing=True, **planned) == recorded
+
+
+def test_a_shallow_model_of_other_layers_does_not_stand_for_the_whole(simulate):
+    """The last four layers have no experts, which a shallow configuration cannot say."""
+    values = shape("qwen2_moe", **{**NARROW, **EXPERTS, "num_hidden_layers": 10, "mlp_only_layers": [6, 7, 8, 9]})
+    assert simulate(values, 10, loss_kind="full", fused_layers=False, max_length=32).layers == 10
 
 
 def test_memory_grows_with_batch_length_and_rank(simulate):
@@ -248,6 +299,8 @@ def test_the_products_of_a_step_are_those_that_torch_counts(simulate, tmp_path):
 
 CPU_PATHS = {
     "llama": ("llama", {}),
+    "llama, autocast": ("llama", {"precision": "bf16", "lora_r": 32}),
+    "llama, autocast, checkpointing": ("llama", {"precision": "bf16", "lora_r": 32, "gradient_checkpointing": True}),
     "gpt_neox, full logits": ("gpt_neox", {"loss_kind": "full"}),
     "gpt_neox, full fine-tuning": ("gpt_neox", {"loss_kind": "full", "finetuning_type": "full"}),
 }
@@ -255,20 +308,21 @@ CPU_PATHS = {
 
 @pytest.mark.parametrize("name", CPU_PATHS)
 def test_a_simulated_step_holds_at_every_moment_what_real_tensors_hold(tmp_path, monkeypatch, name):
-    """Attention by single operations and fp32, so that the CPU runs the very operations that meta tensors do."""
+    """Attention by single operations, so that the CPU runs the very operations that meta tensors do."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model_type, keys = CPU_PATHS[name]
     planned = choices(
-        attention="eager", precision="fp32", fused_layers=False, optim="adamw_torch", max_length=128, **keys
+        attention="eager", fused_layers=False, optim="adamw_torch", max_length=128, **{"precision": "fp32", **keys}
     )
-    (tmp_path / "config.json").write_text(json.dumps(shape(model_type, torch_dtype="float32")))
+    dtype = torch_dtype(planned.precision)
+    (tmp_path / "config.json").write_text(json.dumps(shape(model_type, torch_dtype=str(dtype).partition(".")[2])))
     config = RunConfig(model_name_or_path=str(tmp_path))
     trace = trace_step(config, planned, 8, cpu_hardware())
     simulated = trace.unroll(8).peaks()
     states = simulated["states"] - simulated["weights"]  # a real optimizer makes them after its first step
 
-    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path)).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path), dtype=dtype).save_pretrained(tmp_path)
     monkeypatch.setattr(recording, "_DATA_DEPENDENT", {})  # here is data
     real = recorded_on_cpu(build_model(config, planned, "cpu", Observer()))
     assert real["weights"] == simulated["weights"]
@@ -279,7 +333,7 @@ def test_a_simulated_step_holds_at_every_moment_what_real_tensors_hold(tmp_path,
 
 
 def recorded_on_cpu(model):
-    blocks = simulation._decoder_layers(model, 8)
+    blocks = decoder_layers(model, 8)
     recorder = Recorder(blocks)
     owner = {id(part): number for number, block in enumerate(blocks) for part in block.modules()}
     simulation._record_static(recorder, model, owner)

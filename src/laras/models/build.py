@@ -95,19 +95,28 @@ def _base(config: RunConfig, choices: PlanChoices, device: str) -> Any:
             load_in_4bit=choices.load_in_4bit,
             load_in_8bit=choices.load_in_8bit,
         )
+    model = bare_model(config, torch_dtype(choices.precision), attention)
+    if choices.load_in_4bit or choices.load_in_8bit:
+        quantize_on_meta(model, "nf4" if choices.load_in_4bit else "int8", torch_dtype(choices.precision))
+    return model
+
+
+def bare_model(config: RunConfig, dtype: torch.dtype = torch.float32, attention: str | None = None) -> Any:
+    """The base on the meta device, without weights, as transformers builds it.
+
+    Raises:
+        ConfigError: The model's configuration cannot be loaded.
+    """
     architecture = load_model_config(
         config.model_name_or_path, revision=config.model_revision, trust_remote_code=config.trust_remote_code
     )
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+        return AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             architecture,
-            dtype=torch_dtype(choices.precision),
+            dtype=dtype,
             attn_implementation=attention,
             trust_remote_code=config.trust_remote_code,
         )
-    if choices.load_in_4bit or choices.load_in_8bit:
-        quantize_on_meta(model, "nf4" if choices.load_in_4bit else "int8", torch_dtype(choices.precision))
-    return model
 
 
 def _path(model: nn.Module, choices: PlanChoices, observer: Observer) -> ExecutionPath:

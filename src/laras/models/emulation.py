@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
 
@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from laras.models.counting import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, pointwise
 from laras.models.recording import Recorder
+from laras.models.step import ExecutionPath
 from laras.planning.step_forms import COPY_CALLS
 from laras.planning.work import WorkCounter
 from laras.records import HardwareSpec, Precision
@@ -99,6 +100,10 @@ def kernels_of(hardware: HardwareSpec, recorder: Recorder) -> Iterator[None]:
         recorder.counter.multiplied(1, rows, tokens, columns, left_TM.element_size())
         return left_TM.new_empty((rows, columns), dtype=torch.float32)
 
+    def autocast(device_type: str, *args: Any, **options: Any) -> Any:
+        """PEFT turns it off for adapters of experts, by the name of the device; meta has none to turn off."""
+        return nullcontext() if device_type == "meta" else torch.amp.autocast(device_type, *args, **options)
+
     capability = hardware.compute_capability or (0, 0)
     original = functional.scaled_dot_product_attention
 
@@ -139,6 +144,7 @@ def kernels_of(hardware: HardwareSpec, recorder: Recorder) -> Iterator[None]:
         return inputs if p == 0 or not training else torch.native_dropout(inputs, p, True)[0]
 
     with (
+        mock.patch.object(torch, "autocast", autocast),
         mock.patch.object(functional, "dropout", dropout),
         mock.patch.object(functional, "scaled_dot_product_attention", attend),
         mock.patch.object(attention, "has_varlen_kernel", flash_runs),
@@ -209,8 +215,9 @@ _LOWERED = ("matmul", "mm", "bmm", "addmm", "addbmm", "baddbmm")
 def autocast_like_cuda(precision: Precision) -> Iterator[None]:
     """What `torch.autocast` does on CUDA: it has no meta backend.
 
-    Products compute in half precision, with casts of trainable leaves kept until the step ends; layer norms and softmax
-    compute in fp32. Functions are replaced, since a mode would be off while backward recomputes checkpointed layers.
+    Products compute in half precision, with casts of trainable leaves kept until the forward pass ends, or that of a
+    layer which runs again; layer norms and softmax compute in fp32. Functions are replaced, since a mode would be off
+    while backward recomputes checkpointed layers.
     """
     low = torch.bfloat16 if precision == "bf16" else torch.float16
     kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -256,6 +263,11 @@ def autocast_like_cuda(precision: Precision) -> Iterator[None]:
     def high_power(inputs: Any, exponent: Any) -> Tensor:
         return power(inputs.float() if isinstance(inputs, Tensor) else inputs, exponent)
 
+    @contextmanager
+    def computing(*_: Any) -> Iterator[None]:
+        yield
+        kept.clear()
+
     was = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", low)
@@ -269,6 +281,8 @@ def autocast_like_cuda(precision: Precision) -> Iterator[None]:
             stack.enter_context(mock.patch.object(functional, "layer_norm", high_norm))
             stack.enter_context(mock.patch.object(functional, "softmax", high_softmax))
             stack.enter_context(mock.patch.object(torch, "pow", high_power))
+            stack.enter_context(mock.patch.object(ExecutionPath, "computing", computing))
+            stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", kept.clear))
             yield
     finally:
         torch.set_autocast_enabled("cuda", was[0])

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from laras.models import counting
 from laras.models.counting import count_operation
+from laras.planning.depth import Repeat
 from laras.planning.trace import Key, Segment, StepTrace
 from laras.planning.work import WorkCounter
 
@@ -139,14 +140,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _leaving(self, number: int, is_last: bool) -> Callable[..., None]:
         return lambda module, inputs, output: self.left(number, output, is_last=is_last)
 
-    def trace(self, paged: Mapping[int, int]) -> StepTrace:
-        """What was recorded, and the bytes of each layer's paged optimizer states."""
+    def trace(self, paged: Mapping[int, int], repeat: Repeat | None = None) -> StepTrace:
+        """What was recorded, the bytes of each layer's paged optimizer states, and the layers that stand for more."""
         segments = [
             Segment(*key, tuple(events), counter.total())
             for key, events, counter in self._segments
             if events or counter.is_used
         ]
-        return StepTrace(len(self._layers), tuple(segments), tuple(sorted(paged.items())))
+        return StepTrace(len(self._layers), tuple(segments), tuple(sorted(paged.items())), repeat)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

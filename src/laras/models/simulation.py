@@ -14,8 +14,8 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,14 @@ from laras.config import RunConfig
 from laras.errors import LarasError
 from laras.models.builtin import resolve_tokenizer
 from laras.models.emulation import autocast_like_cuda, counted_kernels, kernels_of, record_optimizer, record_states
+from laras.models.layer_kinds import DEPTH_NAMES, decoder_layers, kinds_of_layers
 from laras.models.quantized_meta import quantized_storages, quantizing_bytes
 from laras.models.recording import Recorder, register_varlen
-from laras.planning.trace import TRACED_LAYERS, StepTrace
+from laras.planning.depth import Repeat, find_repeat
+from laras.planning.trace import StepTrace
 from laras.planning.workload import LargestBatch
 from laras.progress import Observer
 from laras.records import HardwareSpec, PlanChoices
-
-_LAYER_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 class NotSimulated(LarasError):
@@ -65,9 +65,10 @@ def trace_step(
         NotSimulated: The model cannot be built or run on meta tensors.
     """
     try:
-        if layers > TRACED_LAYERS:
-            trace = _record(config, choices, TRACED_LAYERS, hardware, documents, largest)
-            if trace.why_not_uniform() is None:
+        repeat = _repeat(config, layers)
+        if repeat is not None:
+            trace = _record(config, choices, layers, hardware, documents, largest, repeat)
+            if trace.why_not_repeated() is None:
                 return trace
         return _record(config, choices, layers, hardware, documents, largest)
     except LarasError:
@@ -86,18 +87,17 @@ def _record(
     hardware: HardwareSpec,
     documents: int | None,
     largest: LargestBatch | None,
+    repeat: Repeat | None = None,
 ) -> StepTrace:
     from laras.models.step import eager_step, path_of, target_losses
 
     largest = largest or LargestBatch(choices.max_length, None, choices.max_length)
-
+    kept = repeat.kept(layers) if repeat else range(layers)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at every product
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        _write_shallow_config(config.model_name_or_path, config.model_revision, Path(folder), layers)
-        shallow = config.model_copy(update={"model_name_or_path": folder, "model_revision": None})
-        model = _build(shallow, choices)
-    blocks = _decoder_layers(model, layers)
+        model = _build(_shallow(config, Path(folder), kept), choices)
+    blocks = decoder_layers(model, len(kept))
     if not blocks:
         raise NotSimulated(
             f"{config.model_name_or_path} cannot be simulated: it has no list of {layers} layers",
@@ -140,7 +140,7 @@ def _record(
             recorder.stop_watching()
             recorder.begin("evaluation", 2)
             del losses
-    return recorder.trace(paged)
+    return recorder.trace(paged, repeat)
 
 
 @contextmanager
@@ -178,40 +178,54 @@ def _watched(fused: Any, recorder: Recorder) -> Iterator[None]:
 # ------------------------------------------------------------ the model
 
 
-def _write_shallow_config(source: str, revision: str | None, folder: Path, layers: int) -> None:
-    """A model folder with only a `config.json`, of fewer layers."""
+def _repeat(config: RunConfig, layers: int) -> Repeat | None:
+    """The layers that stand for more; None where a shallower model would not have the kinds that the whole one has."""
+    kinds = _kinds(config, range(layers))
+    repeat = find_repeat(kinds)
+    if repeat is None:
+        return None
+    kept = repeat.kept(layers)
+    with suppress(Exception):  # a configuration may allow its own depth only
+        if _kinds(config, kept) == tuple(kinds[layer] for layer in kept):
+            return repeat
+    return None
+
+
+def _kinds(config: RunConfig, kept: Sequence[int]) -> tuple[Hashable, ...]:
+    """Of the layers of the model that has only these."""
+    from laras.models.build import bare_model
+
+    with tempfile.TemporaryDirectory() as folder:
+        return kinds_of_layers(bare_model(_shallow(config, Path(folder), kept)), len(kept))
+
+
+def _shallow(config: RunConfig, folder: Path, kept: Sequence[int]) -> RunConfig:
+    """The same for a model of some of the layers; its folder gets a `config.json` and nothing else."""
     from laras.planning.architecture import read_model_config
 
-    values: dict[str, Any] = copy.deepcopy(dict(read_model_config(resolve_tokenizer(source), revision=revision)))
+    source = resolve_tokenizer(config.model_name_or_path)
+    values: dict[str, Any] = copy.deepcopy(dict(read_model_config(source, revision=config.model_revision)))
     nested = values.get("text_config")
     text: dict[str, Any] = nested if isinstance(nested, dict) else values
-    deep = next((text[key] for key in _LAYER_KEYS if isinstance(text.get(key), int)), layers)
-    for key in _LAYER_KEYS:
+    deep = next((text[key] for key in DEPTH_NAMES if isinstance(text.get(key), int)), len(kept))
+    for key in DEPTH_NAMES:
         if key in text:
-            text[key] = layers
+            text[key] = len(kept)
     for key, value in list(text.items()):
         if isinstance(value, list) and len(value) == deep:
-            text[key] = value[:layers]
+            text[key] = [value[layer] for layer in kept]
         elif isinstance(value, dict) and value and all(str(name).isdigit() and int(name) < deep for name in value):
-            text[key] = {name: item for name, item in value.items() if int(name) < layers}  # by number of the layer
+            numbers = {layer: number for number, layer in enumerate(kept)}
+            text[key] = {str(numbers[int(name)]): item for name, item in value.items() if int(name) in numbers}
     values.pop("quantization_config", None)
     (folder / "config.json").write_text(json.dumps(values), encoding="utf-8")
+    return config.model_copy(update={"model_name_or_path": str(folder), "model_revision": None})
 
 
 def _build(config: RunConfig, choices: PlanChoices) -> Any:
     from laras.models.build import build_model
 
     return build_model(config, choices, "meta", Observer())
-
-
-def _decoder_layers(model: nn.Module, layers: int) -> list[nn.Module]:
-    """The list of layers that repeats; the one with most parameters where several have that length."""
-    found = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part) == layers]
-
-    def size(part: Any) -> int:
-        return sum(int(parameter.numel()) for parameter in part.parameters())
-
-    return list(max(found, key=size)) if found else []
 
 
 def _trained(model: nn.Module, owner: Mapping[int, int]) -> list[tuple[int, nn.Parameter]]:

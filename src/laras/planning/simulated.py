@@ -20,7 +20,7 @@ from laras.records import HardwareSpec, MemoryEstimate, ModelSpec, PlanChoices
 Simulate = Callable[[RunConfig, PlanChoices, int, HardwareSpec, int | None, LargestBatch | None], StepTrace]
 """As `laras.models.simulation.trace_step`; the pipeline hands it in."""
 
-_LAYOUT = 7  # raised whenever what a trace means changes
+_LAYOUT = 8  # raised whenever what a trace means changes
 _STEPS = 4  # that are replayed: what is reserved hardly grows any more
 _TRAINING = ("weights", "states", "batch", "forward", "loss", "backward", "end", "optimizer", "release")
 _MOMENTS = {"loss": "loss", "backward": "backward of a layer", "forward": "forward", "optimizer": "optimizer step"}

@@ -1,24 +1,21 @@
 """The requests for memory of one training step, recorded at a small depth and unrolled to the model's.
 
 A step is recorded with few decoder layers, cut into segments: what lives before it, each layer's forward, the loss,
-each layer's backward, and the end. A decoder repeats itself, so the segments of a middle layer stand for all middle
-ones: unrolled, the trace is request for request what the whole depth would have made, for a fraction of the work.
+each layer's backward, and the end. A decoder repeats itself, so the segments of a stretch of layers stand for all its
+copies: unrolled, the trace is request for request what the whole depth would have made, for a fraction of the work.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from itertools import accumulate
+from dataclasses import astuple, dataclass, field
+from itertools import accumulate, groupby
 from typing import Any
 
 from laras.planning.allocator import block_bytes
+from laras.planning.depth import Repeat
 from laras.planning.work import Work
-
-# Layers that a trace to be unrolled has: two at each end differ from the middle one, which has equal neighbours.
-TRACED_LAYERS = 5
-_MIDDLE = 2
 
 Key = tuple[str, int, int]  # kind, pass (0 unless gradients accumulate), layer (-1: none)
 
@@ -111,45 +108,50 @@ class StepTrace:
         segments: In the order of time.
         paged: Bytes of each layer's paged optimizer states (-1: of none); the driver moves them between the device and
             the host, outside the allocator.
+        repeat: The layers that stand for more; None for a step of the whole depth.
     """
 
     layers: int
     segments: tuple[Segment, ...]
     paged: tuple[tuple[int, int], ...] = ()
+    repeat: Repeat | None = None
 
-    def why_not_uniform(self) -> str | None:
-        """Why the middle layer cannot stand for others; None when it can."""
-        if self.layers != TRACED_LAYERS:
-            return f"recorded at {self.layers} layers, not {TRACED_LAYERS}"
+    def why_not_repeated(self) -> str | None:
+        """Why no layers can stand for others; None when they can."""
+        repeat = self.repeat
+        if repeat is None:
+            return f"all of its {self.layers} layers are recorded"
         sizes = {segment.key: [event for event in segment.events if event > 0] for segment in self.segments}
-        for (kind, index, layer), middle in sizes.items():
-            if layer != _MIDDLE:
-                continue
-            for other in (layer - 1, layer + 1):
-                if sizes.get((kind, index, other)) != middle:
-                    return f"layers {layer} and {other} differ in {kind}"
-        if not any(segment.kind == "forward" and segment.layer == _MIDDLE for segment in self.segments):
+        for (kind, index, layer), taken in sizes.items():
+            before = layer - repeat.period
+            if repeat.first - 1 <= before and layer < self.layers - 1 and sizes.get((kind, index, before)) != taken:
+                return f"layers {before} and {layer} differ in {kind}"
+        if not all(("forward", 0, layer) in sizes for layer in range(repeat.first, repeat.end)):
             return "no layers were seen"
+        stretches = [segments[0].key[:2] for is_copied, segments in self.stretches() if is_copied]
+        if len(stretches) != len(set(stretches)):
+            return "something comes between the layers"
         owners = self._owners()
         for segment in self.segments:
-            if segment.layer == _MIDDLE:
+            if repeat.holds(segment.layer):
                 for event in segment.events:
-                    if event < 0 and owners[-event - 1][0][2] not in (-1, _MIDDLE - 1, _MIDDLE, _MIDDLE + 1):
-                        return f"layer {_MIDDLE} frees what a distant layer allocated"
+                    owner = owners[-event - 1][0][2] if event < 0 else -1
+                    if owner != -1 and abs(owner - segment.layer) > 1:
+                        return f"layer {segment.layer} frees what layer {owner} allocated"
         return None
 
     def unroll(self, layers: int) -> Unrolled:
         """The step at full depth.
 
         Raises:
-            ValueError: When the trace is neither of that depth nor one whose middle layer can stand for others.
+            ValueError: When the trace is neither of that depth nor one whose layers can stand for others.
         """
         if layers == self.layers:
             return self._joined()
-        reason = self.why_not_uniform()
-        if reason or layers < TRACED_LAYERS:
+        reason = self.why_not_repeated()
+        if self.repeat is None or reason or layers < self.layers:
             raise ValueError(f"a trace of {self.layers} layers cannot be unrolled to {layers}: {reason}")
-        return _Unroller(self, layers).run()
+        return _Unroller(self, self.repeat, layers).run()
 
     def work(self, layers: int) -> dict[str, Work]:
         """The work of each kind of segment at full depth, in the order of time.
@@ -158,21 +160,31 @@ class StepTrace:
         """
         found: dict[str, Work] = defaultdict(Work)
         for part in self.segments:
-            middle = part.layer == _MIDDLE and layers != self.layers
-            times = layers - TRACED_LAYERS + 1 if middle else 1
             kind = f"{part.kind} again" if part.index > 0 and part.kind != "evaluation" else part.kind
-            found[kind] = found[kind].plus(part.work, times)
+            found[kind] = found[kind].plus(part.work, self._copies(part.layer, layers))
         return dict(found)
 
     def paged_bytes(self, layers: int) -> int:
         """Of all paged optimizer states, at full depth."""
-        copies = layers - TRACED_LAYERS + 1 if layers != self.layers else 1
-        return sum(size * (copies if layer == _MIDDLE else 1) for layer, size in self.paged)
+        return sum(size * self._copies(layer, layers) for layer, size in self.paged)
+
+    def stretches(self) -> Iterator[tuple[bool, list[Segment]]]:
+        """Segments one after the other that are of one pass; whether they stand for more, and which they are."""
+
+        def place(segment: Segment) -> tuple[str, int, bool]:
+            return segment.kind, segment.index, self.repeat is not None and self.repeat.holds(segment.layer)
+
+        return ((key[2], list(segments)) for key, segments in groupby(self.segments, place))
+
+    def _copies(self, layer: int, layers: int) -> int:
+        """How often a recorded layer stands in the whole depth."""
+        return self.repeat.copies(layers) if self.repeat and self.repeat.holds(layer) else 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain values, for the cache."""
         rows = [[part.kind, part.index, part.layer, list(part.events), part.work.to_json()] for part in self.segments]
-        return {"layers": self.layers, "segments": rows, "paged": [list(one) for one in self.paged]}
+        repeat = astuple(self.repeat) if self.repeat else None
+        return {"layers": self.layers, "segments": rows, "paged": [list(one) for one in self.paged], "repeat": repeat}
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> StepTrace:
@@ -181,7 +193,8 @@ class StepTrace:
             Segment(kind, index, layer, tuple(events), Work.from_json(work))
             for kind, index, layer, events, work in values["segments"]
         )
-        return cls(values["layers"], segments, tuple((layer, size) for layer, size in values["paged"]))
+        paged = tuple((layer, size) for layer, size in values["paged"])
+        return cls(values["layers"], segments, paged, Repeat(*values["repeat"]) if values["repeat"] else None)
 
     def _joined(self) -> Unrolled:
         events: list[int] = []
@@ -204,10 +217,11 @@ class StepTrace:
 
 
 class _Unroller:
-    """Copies the middle layer's segments and points their frees at the copies of what they free."""
+    """Copies the segments of the stretch that repeats and points their frees at the copies of what they free."""
 
-    def __init__(self, trace: StepTrace, layers: int) -> None:
-        self._trace, self._layers = trace, layers
+    def __init__(self, trace: StepTrace, repeat: Repeat, layers: int) -> None:
+        self._trace, self._repeat = trace, repeat
+        self._copies = range(repeat.copies(layers))
         self._owners = trace._owners()
         self._new_numbers: dict[tuple[Key, int], int] = {}
         self._counts: dict[Key, int] = defaultdict(int)
@@ -227,35 +241,40 @@ class _Unroller:
                     self._counts[key] += 1
                     self._events.append(event)
                 else:
-                    self._events.extend(-number for number in self._freed(-event - 1, segment.layer, layer))
+                    self._events.extend(-number for number in self._freed(-event - 1, segment, layer))
         return Unrolled(tuple(self._events), tuple(marks))
 
     def _sequence(self) -> Iterator[tuple[Segment, int]]:
-        """Segments with their layer at full depth, the middle ones repeated in the direction of the pass."""
-        copies = range(_MIDDLE, self._layers - (TRACED_LAYERS - 1 - _MIDDLE))
-        for segment in self._trace.segments:
-            if segment.layer != _MIDDLE:
-                yield segment, self._moved(segment.layer)
+        """Segments with their layer at full depth, the stretch repeated in the direction of the pass."""
+        for is_copied, segments in self._trace.stretches():
+            if not is_copied:
+                yield from ((segment, self._moved(segment.layer)) for segment in segments)
                 continue
-            for layer in reversed(copies) if segment.kind == "backward" else copies:
-                yield segment, layer
+            for copy in reversed(self._copies) if segments[0].kind == "backward" else self._copies:
+                yield from ((segment, self._copied(segment.layer, copy)) for segment in segments)
+
+    def _copied(self, layer: int, copy: int) -> int:
+        """Layer at full depth of a copy of a recorded layer."""
+        return layer + copy * self._repeat.period
 
     def _moved(self, layer: int) -> int:
-        """Layer at full depth of a traced layer that is not the middle one."""
-        return layer if layer < _MIDDLE else layer + self._layers - TRACED_LAYERS
+        """Layer at full depth of a recorded layer that is not copied, or of the last copy of one that is."""
+        return layer if layer < self._repeat.first else self._copied(layer, self._copies[-1])
 
-    def _freed(self, allocation: int, traced_layer: int, layer: int) -> Sequence[int]:
+    def _freed(self, allocation: int, segment: Segment, layer: int) -> Sequence[int]:
         (kind, index, owner_layer), number = self._owners[allocation]
-        if owner_layer == -1:
-            targets = [-1]
-        elif traced_layer == _MIDDLE:
-            targets = [layer + owner_layer - _MIDDLE]
-        elif owner_layer != _MIDDLE:
+        recorded_layer, is_copied = segment.layer, self._repeat.holds(segment.layer)
+        if owner_layer == -1 and is_copied:  # what the layers share goes with the last copy that has used it
+            last = recorded_layer if segment.kind == "backward" else self._moved(recorded_layer)
+            targets = [-1] if layer == last else []
+        elif is_copied:
+            targets = [layer + owner_layer - recorded_layer]
+        elif not self._repeat.holds(owner_layer):
             targets = [self._moved(owner_layer)]
-        elif traced_layer == -1 or abs(traced_layer - _MIDDLE) > 1:  # the end of the step, or of the pass, frees all
-            targets = list(range(_MIDDLE, self._layers - (TRACED_LAYERS - 1 - _MIDDLE)))
-        else:  # a neighbour of the middle layer frees that of the copy next to it
-            targets = [_MIDDLE if traced_layer < _MIDDLE else self._layers - TRACED_LAYERS + _MIDDLE]
+        elif recorded_layer == -1 or abs(recorded_layer - owner_layer) > 1:  # the end of the step, or of the pass
+            targets = [self._copied(owner_layer, copy) for copy in self._copies]
+        else:  # a neighbour of the stretch frees what is in the copy next to it
+            targets = [owner_layer if recorded_layer < owner_layer else self._moved(owner_layer)]
         return [self._new_numbers[(kind, index, target), number] for target in targets]
 
 
@@ -265,8 +284,6 @@ class _TrainingOrder:
     def __init__(self, whole: Unrolled) -> None:
         self._whole = whole
         self._numbers = list(accumulate(int(event > 0) for event in whole.events))
-        self._sizes = [event for event in whole.events if event > 0]
-        self._freed = {-event: position for position, event in enumerate(whole.events) if event < 0}
         self._copies: dict[int, int] = {}  # live allocations, by their number in the trace
         self._events: list[int] = []
         self._marks: list[tuple[int, str]] = []
@@ -289,26 +306,21 @@ class _TrainingOrder:
                 self._copy(states, first)
                 before |= set(self._copies) & set(self._numbers[states:first])
             self._copy(update, evaluation)
-            left = self._give_back_all_but(before)
-        self._evaluate(evaluation, before, left)
+            self._give_back_all_but(before)
+        self._evaluate(evaluation, before)
         return Unrolled(tuple(self._events), tuple(self._marks), tuple(starts))
 
-    def _evaluate(self, start: int, kept: set[int], left: Sequence[int] = ()) -> None:
-        """An evaluation batch; what autocast had kept from the step before, `left`, it casts again."""
-        left = left or self._give_back_all_but(kept)
+    def _evaluate(self, start: int, kept: set[int]) -> None:
+        """An evaluation batch, with nothing of a step left."""
+        self._give_back_all_but(kept)
         if start < len(self._whole.events):
             self._marks.append((len(self._events), "evaluation"))
-        for number in left:
-            if self._freed.get(number, start) >= start:
-                self._take(number, self._sizes[number - 1])
         self._copy(start, len(self._whole.events))
         self._give_back_all_but(kept)
 
-    def _give_back_all_but(self, kept: set[int]) -> list[int]:
-        left = [one for one in self._copies if one not in kept]
-        for one in left:
+    def _give_back_all_but(self, kept: set[int]) -> None:
+        for one in [one for one in self._copies if one not in kept]:
             self._events.append(-self._copies.pop(one))
-        return left
 
     def _take(self, number: int, size: int) -> None:
         self._allocations += 1
