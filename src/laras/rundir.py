@@ -132,7 +132,9 @@ class RunDir:
             return load_config(self.config)
         except ConfigError as error:
             raise RunStateError(
-                f"{self.config} does not validate", problems=error.problems, hint="restore the file"
+                f"{self.config} does not validate",
+                problems=error.problems or (error.message,),
+                hint="restore the file",
             ) from None
 
 

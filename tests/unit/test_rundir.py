@@ -259,6 +259,7 @@ def test_what_is_no_run_is_refused_by_name(tmp_path: Path) -> None:
         RunDir(tmp_path).load_config()
     run = new_run(tmp_path)
     assert run.load_config().run_name == "r"
-    run.config.write_text("nonsense: 1\n", encoding="utf-8")
-    with pytest.raises(RunStateError, match="does not validate"):
-        run.load_config()
+    for text, reason in (("nonsense: 1\n", "nonsense"), ("seed: 1\nseed: 2\n", "seed")):
+        run.config.write_text(text, encoding="utf-8")
+        with pytest.raises(RunStateError, match=f"(?s)does not validate.*{reason}"):
+            run.load_config()
