@@ -25,6 +25,9 @@ const focusable = [...document.querySelectorAll("a, summary, [tabindex]")].filte
 const paint = getComputedStyle(document.querySelector("svg text"));
 const result = {
   figures: [...document.querySelectorAll("svg")].map(e => ({box: box(e), drawn: box(e.querySelector("g")),
+    cut: [...e.querySelectorAll("text")].filter(t => { const [a, b] = [e, t].map(x => x.getBoundingClientRect());
+      return b.left < a.left - 1 || b.right > a.right + 1 || b.top < a.top - 1 || b.bottom > a.bottom + 1; })
+      .map(t => t.textContent),
     label: e.getAttribute("aria-labelledby").split(" ").map(i => document.getElementById(i).textContent).join(" ")})),
   unfocusable: focusable.filter(e => { e.focus(); return document.activeElement !== e; })
     .map(e => e.outerHTML.slice(0, 80)),
@@ -81,6 +84,7 @@ def test_every_figure_is_drawn_and_everything_can_be_reached_and_is_named(page, 
     for figure in found["figures"]:
         assert min(figure["box"] + figure["drawn"]) > 50
         assert len(figure["label"]) > 60
+        assert figure["cut"] == []
     assert found["focusable"] > focusable
     assert (found["unfocusable"], found["unnamed"]) == ([], [])
     assert found["overflow"] <= 0

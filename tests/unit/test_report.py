@@ -10,6 +10,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from typer.testing import CliRunner
 
 from example_run import write_example_run
@@ -30,7 +31,7 @@ from laras.records import (
 )
 from laras.reporting.charts import optimization_chart
 from laras.reporting.data_charts import lengths_chart
-from laras.reporting.drawing import drawing_style, finish, log_scale, new_figure
+from laras.reporting.drawing import drawing_style, finish, log_scale, new_figure, step_axis
 from laras.reporting.report import verdict, write_report
 from laras.reporting.run_data import load_run_data
 
@@ -337,6 +338,19 @@ def test_a_logarithmic_scale_names_more_than_one_value(ends, named):
     texts = [element.text for element in ET.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
     assert set(named) <= set(texts)
     assert len(texts) < 20
+
+
+def test_labels_that_widen_with_the_final_height_are_not_cut():
+    with drawing_style():
+        figure, (axis,) = new_figure(height=2.7)
+        axis.plot([0, 1, 2, 3], [5.8883, 5.0252, 4.9683, 5.9621])
+        axis.set_title("x")
+        axis.margins(y=0.2)
+        step_axis(axis)
+        figure.legend(["x"], loc="outside lower center")
+        finish(figure, "x", "x", "x")
+        labels = axis.yaxis.get_tightbbox(FigureCanvasAgg(figure).get_renderer())
+    assert labels.x0 >= 0
 
 
 def test_many_events_of_any_kind_are_listed_and_marked(tmp_path):

@@ -110,7 +110,8 @@ def new_figure(
 
 def finish(figure: Figure, name: str, title: str, description: str) -> Drawing:
     """Turns the figure into SVG that can stand in a page."""
-    _arrange(figure)
+    for _ in range(2):  # in their first places the axes may get other ticks, with wider labels
+        _arrange(figure)
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     root = ET.fromstring(buffer.getvalue())
@@ -139,7 +140,7 @@ def _arrange(figure: Figure) -> None:
     """Gives axes of one size each, their titles and labels, and the legend below them their places.
 
     matplotlib's constrained layout would do the same from several measurements of everything, which takes longer than
-    drawing; this measures the labels of each axis once.
+    drawing; this measures the labels of each axis, and is called once more for what they are then.
     """
     renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
     first = figure.axes[0].get_subplotspec()
