@@ -257,3 +257,18 @@ def test_the_readmes_give_the_same_figures() -> None:
 
     assert figures("README.id.md", "Hasil pengukuran") == figures("README.md", "Measured") != []
     assert figures("README.id.md", "Dua perintah") == figures("README.md", "Two commands") != []
+
+
+def test_the_plan_in_the_tutorial_is_what_the_command_prints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = {
+        "model_type": "qwen2", "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True,
+        "max_position_embeddings": 32768, "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16",
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(shape), encoding="utf-8")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    words = ["plan", f"model_name_or_path={tmp_path / 'config.json'}", "max_length=1024", "--gpu", "t4"]
+    shown = CliRunner().invoke(app, words, catch_exceptions=False, env={"COLUMNS": "120"}).stdout
+    printed = {" ".join(line.split()) for line in shown.splitlines()}
+    block = next(block.text for block in blocks_of(DOCS / "tutorial.md") if block.language == "text")
+    assert [line for line in block.splitlines() if line and " ".join(line.split()) not in printed] == []

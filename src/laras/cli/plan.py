@@ -156,9 +156,9 @@ def _show_memory(console: Console, plan: TrainPlan) -> None:
     memory = plan.memory
     largest = max(1, memory.train_peak_allocated_bytes, memory.device_budget_bytes)
     console.print(f"\nmemory at the peak ({memory.peak_moment}; {memory.method})", markup=False)
-    rows = [*memory.components.items(), ("total", memory.train_peak_allocated_bytes)]
-    rows += [("reserved", memory.train_peak_reserved_bytes), ("evaluation", memory.eval_peak_allocated_bytes)]
-    rows.append(("may be used", memory.device_budget_bytes))
+    rows = [(name, count) for name, count in memory.components.items() if count]
+    rows += [("total", memory.train_peak_allocated_bytes), ("reserved", memory.train_peak_reserved_bytes)]
+    rows += [("evaluation", memory.eval_peak_allocated_bytes), ("may be used", memory.device_budget_bytes)]
     lines = [(name, "#" * min(_BAR_CHARS, round(_BAR_CHARS * count / largest)), count) for name, count in rows]
     if memory.host_bytes:
         lines.append(("main memory", "held beside it, pinned", memory.host_bytes))
