@@ -30,7 +30,7 @@ from laras.records import (
     TrainPlan,
 )
 from laras.rundir import GIVEN_CONFIG_NAME, RunDir, create_run_dir, hold, require_new
-from laras.stages import division, import_backend, load_tokenizer_of, make_plan, prepare, require_fit
+from laras.stages import division, import_backend, load_tokenizer_of, make_plan, prepare, require_device, require_fit
 from laras.sweep_record import sweep_of
 
 if TYPE_CHECKING:
@@ -140,6 +140,7 @@ def train(
         if origin:
             origin.require_fit(config, chosen, own)
         require_fit(chosen)
+        require_device(chosen)
         return _write_run(config, given, prepared, chosen, origin)
 
     run = RunDir(Path(from_rank_zero(lambda: str(start().path))))

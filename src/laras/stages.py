@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from laras.config import RunConfig
-from laras.errors import PlanError
+from laras.errors import ConfigError, PlanError
 from laras.formatting import size
 from laras.progress import Observer
 from laras.records import SplitManifest, TrainPlan
@@ -48,11 +48,36 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase, observer: Obs
 
     Raises:
         DataError: With every problem of the data at once.
+        ConfigError: The tokenizer makes ids that the model has no embedding for.
     """
     from laras.data.prepare import prepare_dataset
+    from laras.data.store import largest_id
 
     spec = load_spec(config)
-    return prepare_dataset(config, tokenizer, spec.max_position_embeddings, observer)
+    prepared = prepare_dataset(config, tokenizer, spec.max_position_embeddings, observer)
+    largest = max(largest_id(rows) for rows in (prepared.train, prepared.validation, prepared.test))
+    if largest >= spec.vocab_size:
+        raise ConfigError(
+            f"the tokenizer writes token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}), and the model of "
+            f"model_name_or_path {config.model_name_or_path!r} has embeddings for {spec.vocab_size} tokens",
+            hint="take the tokenizer that belongs to the model, or save the model with its embeddings resized",
+        )
+    return prepared
+
+
+def require_device(chosen: TrainPlan) -> None:
+    """Refuses to train what was planned for a card of the catalogue on a machine without any.
+
+    Raises:
+        ConfigError: `gpu` names a card, and there is none.
+    """
+    from laras.planning.hardware import load_hardware
+
+    if chosen.hardware.kind == "cuda" and load_hardware(None).kind != "cuda":
+        raise ConfigError(
+            f"the plan is for {chosen.hardware.gpu_name}, as `gpu` says, and this machine has no GPU",
+            hint="leave `gpu` to `laras plan`; training is then planned for what is here",
+        )
 
 
 def division(manifest: SplitManifest) -> str:

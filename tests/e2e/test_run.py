@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from laras.config import RunConfig
 from laras.config_file import config_to_yaml
@@ -59,6 +61,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     done = laras("train", "laras.yaml", "run_name=first", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "train.json").write_text(done.stdout, encoding="utf-8")
+    small = shutil.copytree(folder / "model", folder / "small")  # of another tokenizer
+    config = json.loads((small / "config.json").read_text(encoding="utf-8"))
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 200}), encoding="utf-8")
     yield folder
 
 
@@ -161,6 +166,18 @@ def test_nothing_is_left_behind_when_a_row_is_bad_and_every_bad_row_is_named(wor
         (["resume", "runs/absent"], ExitCode.RUN_STATE, "is not a run"),
         (["test", "runs/absent"], ExitCode.RUN_STATE, "is not a run"),
         (["plan", "laras.yaml", "--gpu", "h10"], ExitCode.USAGE, "did you mean"),
+        (
+            ["train", "laras.yaml", "lora_target_modules=[lm_head]"],
+            ExitCode.USAGE,
+            "lm_head not found among the layers",
+        ),
+        (["inspect", "laras.yaml", "model_name_or_path=small"], ExitCode.USAGE, "has embeddings for 200 tokens"),
+        pytest.param(
+            ["train", "laras.yaml", "--gpu", "t4"],
+            ExitCode.USAGE,
+            "the plan is for T4, as `gpu` says",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has the GPU that the plan asks for"),
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_with_a_hint_and_its_code(

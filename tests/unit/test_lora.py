@@ -62,6 +62,8 @@ def test_requested_targets_are_respected_and_unknown_ones_all_named():
     with pytest.raises(ConfigError, match="W_pack, qproj not found") as caught:
         resolve_target_modules(model, ["W_pack", "q_proj", "qproj"])
     assert "gate_proj" in str(caught.value)
+    with pytest.raises(ConfigError, match="lm_head not found among the layers that take adapters"):
+        resolve_target_modules(model, "lm_head")
 
 
 @pytest.mark.parametrize("use_dora", [False, True])

@@ -87,6 +87,14 @@ def test_persistent_trouble_ends_the_run_with_the_last_good_checkpoint(tmp_path:
     assert resumed.status == "finished"
 
 
+def test_a_run_that_learned_in_no_step_is_not_finished(tmp_path: Path) -> None:
+    few = Scenario(8, 1, config={"max_steps": 3})
+    with pytest.raises(TrainingAborted, match="none of the 3 steps had a finite loss and gradient") as caught:
+        train(tmp_path, few, make_step=Poison({1, 2, 3}, "loss"))
+    assert caught.value.hint and RunResult.load(tmp_path).status == "failed"
+    assert not (tmp_path / "final").exists()
+
+
 def test_a_sudden_rise_is_flagged_once_it_can_be_told_from_noise(tmp_path: Path) -> None:
     watch = LossWatch()
     assert not any(watch.is_spike(2.0 + 0.1 * math.sin(n)) for n in range(40))

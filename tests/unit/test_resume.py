@@ -47,8 +47,8 @@ def test_a_run_that_dies_and_resumes_ends_with_the_same_bytes(tmp_path: Path, na
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     train(whole, scenario)
     deaths = 0
-    # Each session gets a little further, so that they end within a step, between steps, and before the first save.
-    for calls in (*(steps * scenario.accumulation + 1 for steps in (1, 3, 2)), 1000):
+    # Sessions end within a step, between steps, before the first save, and after an evaluation without improvement.
+    for calls in (*(steps * scenario.accumulation + 1 for steps in (1, 3, 3)), 1000):
         try:
             train(broken, scenario, resume=deaths > 0, make_step=lambda model, n=calls: dying_step(model, n))
             break

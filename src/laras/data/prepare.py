@@ -166,7 +166,7 @@ def _stop_if_unusable(config: RunConfig, collected: Collected, cap_tokens: int) 
         raise DataError(
             f"all {collected.rows:,} examples are longer than the cap of {cap_tokens:,} tokens and were dropped; "
             f"the shortest has {min(length for _, _, length in collected.overlong):,}",
-            hint="raise `max_length` (up to the model's context), or write `overlong: truncate`",
+            hint=f"{_longer(config, cap_tokens)}, or write `overlong: truncate`",
         )
     message = (
         f"{len(problems):,} of {collected.rows:,} rows are bad" if kept else f"all {collected.rows:,} rows are bad"
@@ -176,7 +176,7 @@ def _stop_if_unusable(config: RunConfig, collected: Collected, cap_tokens: int) 
     raise BadRowsError(
         f"{message}: {_reason_counts(problems)}",
         problems=[f"{problem.file}:{problem.line}: {problem.reason}" for problem in problems],
-        hint=_hint(config, problems, kept),
+        hint=_hint(config, problems, kept, cap_tokens),
         report={
             "format": collected.format,
             "rows": collected.rows,
@@ -186,12 +186,19 @@ def _stop_if_unusable(config: RunConfig, collected: Collected, cap_tokens: int) 
     )
 
 
-def _hint(config: RunConfig, problems: list[RowProblem], kept: int) -> str:
+def _longer(config: RunConfig, cap_tokens: int) -> str:
+    """What would make the cap longer."""
+    if cap_tokens < config.max_length:
+        return f"take a model whose context is longer than {cap_tokens:,} tokens"
+    return "raise `max_length`"
+
+
+def _hint(config: RunConfig, problems: list[RowProblem], kept: int, cap_tokens: int) -> str:
     hints = []
     if any("not UTF-8" in problem.reason for problem in problems):
         hints.append("save the file as UTF-8")
     if any(" tokens" in problem.reason for problem in problems):
-        hints.append("raise `max_length`, or choose `overlong: truncate` or `drop`")
+        hints.append(f"{_longer(config, cap_tokens)}, or choose `overlong: truncate` or `drop`")
     skip = config.on_bad_rows == "stop" and kept
     hints.append("correct the rows" + (", or leave them out with `on_bad_rows: skip`" if skip else ""))
     return "; ".join(hints)

@@ -55,6 +55,14 @@ def _lists(values: Sequence[Sequence[int]], offsets: np.ndarray) -> pa.ListArray
     return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat))
 
 
+def largest_id(table: pa.Table) -> int:
+    """The largest token id of all rows; -1 where there is none."""
+    import pyarrow.compute as pc
+
+    found = pc.max(pc.list_flatten(table.column("input_ids"))).as_py()
+    return -1 if found is None else int(found)
+
+
 def write_tokens(table: pa.Table, path: Path) -> None:
     """Writes a Parquet file whole or not at all."""
     import pyarrow.parquet as pq

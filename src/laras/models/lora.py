@@ -35,18 +35,22 @@ def resolve_target_modules(model: PreTrainedModel, requested: str | Sequence[str
     """The layers that get adapters: all linear ones for `auto` and `all-linear`, or the requested names.
 
     Raises:
-        ConfigError: With every requested name that no linear layer of the model has.
+        ConfigError: With every requested name that no linear layer of the model has, or only its head, whose weight the
+            loss takes as it is.
     """
     available = linear_module_names(model)
     if isinstance(requested, str) and requested in ("auto", "all-linear"):
         return available
     names = (requested,) if isinstance(requested, str) else tuple(requested)
-    linear = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))]
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    linear = [
+        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    ]
     absent = [name for name in names if not any(full == name or full.endswith(f".{name}") for full in linear)]
     if absent:
         raise ConfigError(
-            f"lora_target_modules {', '.join(absent)} not found in the model",
-            hint=f"its linear layers are: {', '.join(available)}",
+            f"lora_target_modules {', '.join(absent)} not found among the layers that take adapters",
+            hint=f"these are: {', '.join(available)}",
         )
     return names
 

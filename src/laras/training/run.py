@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallba
 
 from laras.config import RunConfig
 from laras.data.store import tokens_digest
-from laras.errors import LarasError, TrainingInterrupted
+from laras.errors import LarasError, TrainingAborted, TrainingInterrupted
 from laras.models.graphs import train_step
 from laras.models.step import TrainStep, path_of
 from laras.progress import Observer
@@ -194,6 +194,11 @@ class _Run:
                 raise TrainingInterrupted(
                     f"stopped by {by} after step {trainer.state.global_step}; everything is saved",
                     hint=f"`laras resume {self._run_dir}` goes on from there",
+                )
+            if trainer.counters.skipped_in_a_row >= trainer.state.global_step > 0:
+                raise TrainingAborted(
+                    f"none of the {trainer.state.global_step} steps had a finite loss and gradient",
+                    hint="see that the base model's own loss is finite, or set precision: bf16 or fp32 in a new run",
                 )
             self._write_final(trainer)
         except BaseException as error:
