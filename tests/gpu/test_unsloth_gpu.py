@@ -29,7 +29,7 @@ SIZES = {
     "max_position_embeddings": 2048,
 }  # fmt: skip
 HEADS = {"gemma": 64, "mistral": 64, "qwen3": 128}
-TIMEOUT_S = 240
+TIMEOUT_S = 180
 
 
 def started(*words: str, folder: Path) -> subprocess.Popen[bytes]:
