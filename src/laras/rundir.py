@@ -13,6 +13,7 @@ runs/2026-11-24-qwen2.5-coder-1.5b-a1b2/
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -343,8 +344,10 @@ def is_held(run: RunDir) -> bool:
     lock = _lock(run)
     try:
         lock.acquire(timeout=0)
-    except (Timeout, OSError):
+    except Timeout:
         return True
+    except OSError as error:
+        return error.errno != errno.EROFS  # where nobody can write, nobody trains
     lock.release()
     return False
 

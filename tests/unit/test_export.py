@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shutil
 
 import gguf
 import numpy as np
@@ -295,6 +298,17 @@ def test_only_a_finished_run_and_a_free_folder_are_accepted(tmp_path, llama):
     (tmp_path / "out").mkdir()
     with pytest.raises(RunStateError, match="exists already"):
         export_run(llama[0], "adapter", output=tmp_path / "out")
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path, llama, monkeypatch):
+    def full(source, target):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(RunStateError, match=f"cannot be written: {os.strerror(errno.ENOSPC)}") as caught:
+        export_run(llama[0], "adapter", output=tmp_path / "out")
+    assert "--output" in caught.value.hint
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_missing_or_damaged_final_model_is_named(tmp_path, llama):

@@ -213,6 +213,18 @@ def test_a_folder_that_cannot_be_locked_is_refused_by_name(tmp_path: Path, monke
         pass
 
 
+def test_a_run_on_a_read_only_disk_is_in_nobodys_hands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = new_run(tmp_path)
+    with hold(run):
+        pass
+
+    def read_only(path: Any, flags: int, *given: Any, **named: Any) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr(os, "open", read_only)
+    assert not is_held(run)
+
+
 def test_a_note_that_cannot_be_written_keeps_nobody_out(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     (run.path / ".holder.json").mkdir()  # as a full disk, which root writes to all the same

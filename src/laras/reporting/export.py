@@ -31,7 +31,7 @@ from laras.reporting.gguf_file import (
 from laras.reporting.gguf_reading import READ_HERE, read_gguf
 from laras.reporting.model_card import model_card
 from laras.reporting.run_data import RunData, load_run_data
-from laras.whole_folder import MANIFEST_NAME
+from laras.whole_folder import MANIFEST_NAME, WRITE_ERRORS
 
 Format = Literal["adapter", "merged", "gguf", "ollama"]
 GGUF_NAME = "model.gguf"
@@ -102,7 +102,7 @@ def export_run(
         observer: Is told what happens.
 
     Raises:
-        RunStateError: The run has not finished, or the folder exists.
+        RunStateError: The run has not finished, or the folder exists or cannot be written.
         CheckpointError: The result does not compute what the adapter computes; nothing is left behind.
         ConfigError: The model has no adapter, its family is not written as GGUF, or `push` is no name of a repository
             or nobody is logged in.
@@ -117,14 +117,19 @@ def export_run(
         raise RunStateError(f"{target} exists already", hint="name another folder with --output, or remove it")
     aside = target.with_name(f".{target.name}.partial")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     try:
+        aside.mkdir(parents=True)
         check = _write(run, format, aside, quantization, observer)
         card = aside / "README.md"
         card.write_text(model_card(run, format, base_id(run), quantization), encoding="utf-8")
         for path in aside.iterdir():  # safetensors lets nobody else read what it writes
             path.chmod(card.stat().st_mode)
         aside.rename(target)
+    except WRITE_ERRORS as error:
+        raise RunStateError(
+            f"{target} cannot be written: {getattr(error, 'strerror', None) or error}",
+            hint="make room, or name a folder of another disk with --output",
+        ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     url = _push(target, push, observer) if push is not None else None
