@@ -168,6 +168,7 @@ def test_text_parts_are_joined_and_other_parts_refused():
         ({"text": 3}, "field 'text' is a number (3), not text"),
         ({"text": True}, "field 'text' is a boolean (True), not text"),
         ({"text": {}}, "field 'text' is an object, not text"),
+        ({"text": b"x"}, "field 'text' is binary, not text"),
     ],
 )
 def test_bad_rows_say_why(row, said):

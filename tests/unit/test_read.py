@@ -211,6 +211,15 @@ def test_folder_glob_and_file_are_found_in_order(tmp_path):
     assert names(str(tmp_path / "b.jsonl")) == [("b.jsonl", None)]
 
 
+def test_the_home_folder_is_known_and_a_url_is_no_file(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "a.jsonl", "{}")
+    assert names("~/a.jsonl") == names("~/*.jsonl") == [("a.jsonl", None)]
+    with pytest.raises(DataError, match="is a URL") as caught:
+        find_sources("https://example.com/a.jsonl")
+    assert "download" in caught.value.hint
+
+
 def test_a_relative_glob_keeps_the_name_the_user_gave(tmp_path, monkeypatch):
     write(tmp_path / "data" / "a.jsonl", "{}")
     monkeypatch.chdir(tmp_path)

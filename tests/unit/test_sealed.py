@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import os
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from laras.data import sealed
 from laras.data.analyze import length_stats
 from laras.data.sealed import open_sealed, read_openings, seal_test, unseal
 from laras.data.sources import find_sources
@@ -93,6 +95,18 @@ def test_an_altered_test_set_is_refused_and_not_noted(tmp_path, column):
     seal_test(altered.set_column(index, column, pa.array(values, pa.list_(pa.int32()))), run)
     with pytest.raises(SealedTestError, match="altered"):
         open_sealed(run, "a look")
+    assert read_openings(run) == ()
+
+
+def test_other_rows_written_under_the_recorded_digest_are_refused(tmp_path):
+    run = run_in(tmp_path)
+    other = pa.BufferOutputStream()
+    pq.write_table(tokens([[9, 9, 9], *IDS[1:]]), other)
+    plain, digest = other.getvalue().to_pybytes(), SplitManifest.load(run).test.sha256
+    forged = sealed._MAGIC + hashlib.sha256(plain).digest() + b"".join(sealed._masked(plain, digest))
+    sealed._test_path(run).write_bytes(forged)
+    with pytest.raises(SealedTestError, match="altered or damaged"):
+        open_sealed(run, "laras test")
     assert read_openings(run) == ()
 
 

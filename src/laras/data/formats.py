@@ -309,11 +309,8 @@ def _kind(value: Any) -> str:
         return f"a boolean ({value})"
     if isinstance(value, int | float):
         return f"a number ({value})"
-    if isinstance(value, str):
-        return "a text"
-    if isinstance(value, Mapping):
-        return "an object"
-    return "a list" if isinstance(value, Sequence) else f"a {type(value).__name__}"
+    kinds = ((str, "a text"), (bytes, "binary"), (Mapping, "an object"), (Sequence, "a list"))
+    return next((words for kind, words in kinds if isinstance(value, kind)), f"a {type(value).__name__}")
 
 
 def _quoted(names: Iterable[str]) -> str:

@@ -86,12 +86,18 @@ def find_sources(dataset: str | DatasetFiles) -> list[Source]:
 def _sources_of(name: str, part: SplitName | None) -> list[Source]:
     if name.startswith("builtin:"):
         return [_builtin(name, part)]
-    path = Path(name)
+    if "://" in name:
+        raise DataError(f"dataset {name!r:.200} is a URL", hint="download the file; a Hub dataset is named owner/name")
     try:
         if not name.strip() or "\0" in name:
             raise ValueError("no name of a file")
+        path = Path(name).expanduser()
         local = _local_sources(path, part)
-    except (OSError, ValueError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # the last: too deep, or no home is known
         detail = getattr(error, "strerror", None) or str(error)
         raise DataError(f"dataset {name!r:.200}: {detail}", hint="write a file, a folder, a glob or a Hub id") from None
     if local is not None:
