@@ -100,7 +100,7 @@ class Row:
     def model(self) -> str:
         """The shape it is of."""
         if self.key.startswith("throughput"):
-            return "qwen2.5-7b" if "|7b" in self.key else "qwen2.5-1.5b"
+            return {"7b": "qwen2.5-7b", "small": "135m"}.get(self.key.split("|")[1].partition("_")[0], "qwen2.5-1.5b")
         return self.key.split("|")[1]
 
     @property

@@ -31,6 +31,8 @@ PEAK_FLOPS = 790e12  # bf16 matrix product of 8192^3 on the H100 measured
 TINY = "--tiny" in sys.argv
 MAX_LENGTH, WARM, TIMED, SEED = (128, 1, 2, 1234) if TINY else (4096, 6, 16, 1234)
 SHAPES = {
+    "135m": {"hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
+             "intermediate_size": 1536, "vocab_size": 49152, "tie_word_embeddings": True},
     "1.5b": {"hidden_size": 1536, "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
              "intermediate_size": 8960, "vocab_size": 151936, "tie_word_embeddings": True},
     "7b": {"hidden_size": 3584, "num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4,
@@ -42,7 +44,11 @@ if TINY:
         "intermediate_size": 128, "vocab_size": 2048, "tie_word_embeddings": True,
     }  # fmt: skip
     SHAPES = dict.fromkeys(SHAPES, _TINY_SHAPE)
-FOLDERS = {"1.5b": "qwen15b", "7b": "qwen7b"}  # as the runner of the peers names them, so that each is written once
+FOLDERS = {
+    "135m": "small",
+    "1.5b": "qwen15b",
+    "7b": "qwen7b",
+}  # as the runner of the peers names them, so that each is written once
 CASES = {
     "lora_16k": {"rows": 4}, "lora_8k": {"rows": 2},
     "lora_selective_16k": {"rows": 4, "kind": "selective"},
@@ -51,6 +57,7 @@ CASES = {
     "qlora_full_8k": {"rows": 2, "kind": "full", "nf4": True, "chunk": 2736, "loss_chunk": 512},
     "7b_qlora_full_8k": {"rows": 2, "kind": "full", "nf4": True, "loss_chunk": 512, "shape": "7b"},
     "transformers_layers_16k": {"rows": 4, "fused": False},
+    "small_lora_4k": {"rows": 1, "shape": "135m"},  # the host takes the time
     # 32 examples a step, as many as 16k packed tokens hold: padded, whole logits, nothing checkpointed or fused.
     "unoptimised": {"rows": 4, "fused": False, "padded": True, "accumulation": 8, "warm": 1, "timed": 3},
 }  # fmt: skip
