@@ -42,15 +42,22 @@ MIB = 2**20
 
 
 def card(name: str = "") -> Any:
-    """The card of the catalogue with that name; without one the card here, and the H100 where there is none."""
-    import torch
+    """The card of the catalogue with that name; without one the first card here, and the H100 where there is none.
+
+    NVML tells it, as torch would leave a context on the card, and that is a part of what is measured.
+    """
+    import pynvml
 
     from laras.planning.catalogue import find_gpu, match_device_name
 
-    if name or not torch.cuda.is_available():
-        return find_gpu(name or "h100")
-    found = match_device_name(torch.cuda.get_device_name())
-    return found or sys.exit(f"the catalogue has no {torch.cuda.get_device_name()}")
+    if name:
+        return find_gpu(name)
+    try:
+        pynvml.nvmlInit()
+        here = str(pynvml.nvmlDeviceGetName(pynvml.nvmlDeviceGetHandleByIndex(0)))
+    except pynvml.NVMLError:
+        return find_gpu("h100")
+    return match_device_name(here) or sys.exit(f"the catalogue has no {here}")
 
 
 def results_of(gpu: Any) -> Path:
