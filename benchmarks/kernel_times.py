@@ -115,6 +115,9 @@ class Attention:
 
         return {"forward_ms": milliseconds(lambda: self.forward(documents)), "backward_ms": milliseconds(backward)}
 
+    def beside_flash(self) -> dict[str, Any]:
+        return {"flash": self.times(self.flash), "own": self.times(self.own), "difference": self.difference()}
+
     def difference(self) -> dict[str, float]:
         """Of our results from FlashAttention's, by the largest value."""
         out, saved = self.forward(self.flash)
@@ -171,20 +174,19 @@ class GatedProduct:
             ),
         }
 
+    def both(self) -> dict[str, Any]:
+        return {"apart": self.apart(), "together": self.together()}
+
 
 def measurements() -> Iterator[dict[str, Any]]:
     for model, heads in HEADS.items():
         for name, lengths in DOCUMENTS.items():
-            attention_case = Attention(heads, lengths())
-            yield {
-                "model": model, "heads": heads, "documents": name,
-                "cuts": asdict(triton_attention._cuts(attention_case.qkv[0])),
-                "flash": attention_case.times(attention_case.flash), "own": attention_case.times(attention_case.own),
-                "difference": attention_case.difference(),
-            }  # fmt: skip
+            case = Attention(heads, lengths())
+            cuts = asdict(triton_attention._cuts(case.qkv[0]))
+            yield {"model": model, "heads": heads, "documents": name, "cuts": cuts, **_tried(case.beside_flash)}
     for model, (tokens, width) in WIDTHS.items():
         gated = GatedProduct(tokens, width)
-        yield {"model": model, "gated": (tokens, width), "apart": gated.apart(), "together": gated.together()}
+        yield {"model": model, "gated": (tokens, width), **_tried(gated.both)}
     yield from other_attention_cuts(TUNED[0])
     for model, (tokens, width) in WIDTHS.items():
         gated = GatedProduct(tokens, width)
@@ -208,10 +210,10 @@ def other_attention_cuts(model: str) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
 
 
-def _tried(times: Callable[[], dict[str, float]]) -> dict[str, Any]:
+def _tried(times: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     launching._compiled.clear()  # what is remembered is not told apart by warps and stages
     try:
-        return dict(times())
+        return times()
     except Exception as error:  # noqa: BLE001 - too much shared memory is one way of many
         return {"error": f"{type(error).__name__}: {error}"[:120]}
 
