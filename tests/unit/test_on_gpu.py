@@ -107,11 +107,17 @@ def test_packages_that_change_other_libraries_are_there_for_one_part_alone(
     assert {name.partition("/")[0] for name in found} == {"with", "without"}
 
 
-def test_what_is_measured_on_two_cards_is_never_in_one_file(on_gpu: Any) -> None:
+@pytest.mark.usefixtures("on_gpu")
+def test_what_is_measured_on_two_cards_is_never_in_one_file(monkeypatch: pytest.MonkeyPatch) -> None:
     import memory
     import step_time
 
     assert len({memory.results_of(gpu) for gpu in CATALOGUE}) == len(CATALOGUE)
+    monkeypatch.setattr("pynvml.nvmlInit", lambda: None)
+    monkeypatch.setattr("pynvml.nvmlDeviceGetHandleByIndex", lambda index: index)
+    for driver_says, name in (("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200")):
+        monkeypatch.setattr("pynvml.nvmlDeviceGetName", lambda handle, said=driver_says: said)
+        assert memory.card().name == name
     assert list(step_time._of_throughput("H100")) and not list(step_time._of_throughput("L4"))
     rows = step_time.load(step_time.WORK)[:1]
     other = step_time.replace(rows[0], gpu="H200")
