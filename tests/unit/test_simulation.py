@@ -165,6 +165,34 @@ def test_the_closed_form_agrees_on_fused_layers(simulate, kind):
     assert closed.train_peak_allocated_bytes == pytest.approx(expected, rel=0.06)
 
 
+PLAIN = {
+    "LoRA": {},
+    "dropout": {"lora_dropout": 0.1},
+    "DoRA": {"use_dora": True},
+    "DoRA, nf4": {"use_dora": True, "load_in_4bit": True},
+    "nf4": {"load_in_4bit": True},
+    "int8": {"load_in_8bit": True},
+    "full fine-tuning": {"finetuning_type": "full", "loss_kind": "full"},
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_closed_form_ranks_layers_of_transformers_right(simulate, name, checkpointing):
+    values = shape("llama", hidden_size=1024, intermediate_size=3072, vocab_size=32000, num_key_value_heads=4)
+    keys = {"lora_dropout": 0.0, "use_dora": False, "load_in_4bit": False, "load_in_8bit": False, **PLAIN[name]}
+    trace = simulate(values, fused_layers=False, gradient_checkpointing=checkpointing, **keys)
+    case = MemoryCase(
+        4, 512, checkpointing=checkpointing, full=name == "full fine-tuning", lora_r=8,
+        weights="nf4" if keys["load_in_4bit"] else "int8" if keys["load_in_8bit"] else "bf16",
+        loss_kind=keys.get("loss_kind", "chunked"), loss_chunk_tokens=1024,
+        dora=keys["use_dora"], dropout=keys["lora_dropout"] > 0,
+    )  # fmt: skip
+    closed = estimate_memory(model_spec_from_config(values, "m"), case, H100, 1)
+    expected = peak(trace) + closed.components["workspace"]
+    assert closed.train_peak_allocated_bytes == pytest.approx(expected, rel=0.1)
+
+
 def test_what_a_simulated_model_holds_is_what_a_real_one_holds(simulate, tmp_path):
     values = shape("llama", torch_dtype="float32")
     trace = simulate(values, precision="fp32", fused_layers=False)

@@ -274,7 +274,7 @@ def autocast_like_cuda(precision: Precision) -> Iterator[None]:
     products = [(Tensor, "__matmul__"), *((place, name) for place in (torch, Tensor) for name in _LOWERED)]
     try:
         with ExitStack() as stack:
-            for name in ("linear", "conv1d"):
+            for name in ("linear", "conv1d", "scaled_dot_product_attention"):
                 stack.enter_context(mock.patch.object(functional, name, in_low(getattr(functional, name))))
             for place, name in products:
                 stack.enter_context(mock.patch.object(place, name, in_low_if_mixed(getattr(place, name))))

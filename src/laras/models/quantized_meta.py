@@ -76,9 +76,11 @@ def _nf4(linear: nn.Linear, compute_dtype: torch.dtype) -> nn.Module:
             linear.in_features, linear.out_features, bias=False, compute_dtype=compute_dtype, quant_type="nf4"
         )
     packed = torch.empty((-(-count // 2), 1), dtype=torch.uint8, device="meta")
-    layer.weight = Params4bit(
+    weight = Params4bit(
         packed, requires_grad=False, quant_state=state, blocksize=_BLOCK, quant_type="nf4", bnb_quantized=True
     )
+    weight.__deepcopy__ = lambda _: weight  # which DoRA asks for, and which bitsandbytes makes of CPU tensors only
+    layer.weight = weight
     layer.quant_state, layer.bias = state, linear.bias
     return layer  # type: ignore[no-any-return]
 

@@ -236,6 +236,8 @@ def _case(
         fused=fused_possible(config, spec, hardware, precision, work.length_tokens),
         checkpoint_kind=kind,
         loss_chunk_tokens=LOSS_CHUNK_TOKENS if plain_head else 0,
+        dora=config.use_dora,
+        dropout=config.lora_dropout > 0,
     )
 
 

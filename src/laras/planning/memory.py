@@ -37,6 +37,8 @@ _CPU_PROCESS_BYTES = 550 * _MIB
 # What the C library holds beyond the live tensors: blocks below 32 MiB stay with it when they are freed, and larger
 # ones come on top. Fitted to five runs on a CPU, see docs/concepts/memory.md.
 _CPU_HEAP = 0.2
+# Tensors of an output's size that DoRA keeps beside a quantised layer, counted in simulated steps.
+_DORA_COPIES = {"nf4": 3, "int8": 4}
 # With a capacity cap the allocator fits a step into this multiple of what is allocated; measured.
 _ALLOCATOR_SLACK = 1.03
 
@@ -63,6 +65,8 @@ class MemoryCase:
         checkpoint_kind: How much of a fused layer is computed again, where `checkpointing` is on.
         mlp_chunk_tokens: Tokens whose gate and up exist at once in a checkpointed fused layer.
         loss_chunk_tokens: Tokens whose logits exist at once; 0 takes about as many bytes as the hidden states.
+        dora: The adapters are weight-decomposed.
+        dropout: Inputs of the adapters are dropped in part.
     """
 
     micro_batch: int
@@ -82,6 +86,8 @@ class MemoryCase:
     checkpoint_kind: CheckpointKind = "none"
     mlp_chunk_tokens: int = 4096
     loss_chunk_tokens: int = 0
+    dora: bool = False
+    dropout: bool = False
 
 
 def linear_layers(spec: ModelSpec) -> tuple[tuple[str, int, int], ...]:
@@ -133,7 +139,7 @@ def estimate_memory(spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, b
     """
     static = static_bytes(spec, case)
     workspace = workspace_bytes(hardware)
-    held = static["gradients"] if case.full or case.keeps_gradients else 0
+    held = static["gradients"] if case.keeps_gradients else 0
     kept, moment_bytes, moment = _training_peak(spec, case)
     if hardware.kind == "cpu" and case.loss_kind == "chunked":
         moment_bytes, moment = _with_reference_loss(spec, case, moment_bytes, moment)
@@ -216,13 +222,20 @@ def layer_activation_bytes(spec: ModelSpec, case: MemoryCase) -> int:
     attention = 4 * spec.attention_heads + element * (2 * query + 2 * key_value)
     mlp = element * width * (3 if family.gated else 1)
     layers = () if case.full else adapted_layers(spec, case.target_modules)
-    separate_copies = not case.full and case.adapters != "compute" and element == 2
+    quantised = case.weights in ("nf4", "int8")
+    separate_copies = not case.full and case.adapters != "compute" and element == 2 and not quantised
     if separate_copies:
-        # PEFT casts every adapter's input to fp32; autocast brings it back, and the copy is no longer shared.
+        # PEFT casts the input of an adapter beside whole weights to fp32; autocast brings it back, a copy of its own.
         copy_size = 4 if case.adapters == "fp32" else 2
         inputs = copy_size * sum(size for _, size, _ in layers)
     else:
         inputs = element * (family.norms * hidden + width)
+    if layers and case.dropout:
+        inputs += sum(size for _, size, _ in layers)  # a mask of one byte
+    if layers and case.dora:  # what base and adapter gave, each multiplied by a magnitude
+        inputs += _DORA_COPIES.get(case.weights, 2) * element * sum(size for _, _, size in layers)
+        if quantised:  # whose result then stays in fp32
+            mlp = mlp * 4 // element
     rank_size = 4 if case.adapters == "fp32" else element
     return norm_copies + attention + mlp + inputs + len(layers) * case.lora_r * rank_size
 
@@ -240,13 +253,17 @@ def _training_peak(spec: ModelSpec, case: MemoryCase) -> tuple[int, int, str]:
     if case.adapters == "fp32-autocast" and element == 2 and not case.full and not case.checkpointing:
         cast_adapters = element * lora_parameters(spec, case.lora_r, case.target_modules)
     kept = (spec.layers * residual if case.checkpointing else spec.layers * layer + residual) + cast_adapters
+    if case.checkpointing and case.weights == "int8":
+        # bitsandbytes keeps the inputs of its products where checkpointing does not see them.
+        inputs = (family_of(spec.model_type).norms + 1) * hidden + spec.attention_heads * spec.head_dim + width
+        kept += spec.layers * element * inputs * tokens
     if case.loss_kind == "full":
         logits = 4 * hidden * tokens + 12 * tokens * spec.vocab_size
     else:
         chunk = min(tokens, case.loss_chunk_tokens) or _chunk_tokens(tokens, spec)
         logits = (4 + 2 * element) * hidden * tokens + element * chunk * (spec.vocab_size + hidden)
     gradients = (8 if case.adapters == "fp32" and element == 2 else 2 * element) * width * tokens + residual
-    backward = gradients + _dequantised_bytes(spec, case)
+    backward = gradients + _dequantised_bytes(spec, case) + _weight_norm_bytes(spec, case)
     # Without checkpointing the last layer's own activations are part of what is kept; the embedding's are freed later.
     backward += layer if case.checkpointing else -residual
     return (kept, logits, "logits") if logits > backward else (kept, backward, "layer_backward")
@@ -277,6 +294,19 @@ def _dequantised_bytes(spec: ModelSpec, case: MemoryCase) -> int:
         return 0
     largest = max(inputs * outputs for _, inputs, outputs in linear_layers(spec))
     return int(largest * (_ELEMENT_BYTES[case.precision] + 4 / 64))
+
+
+def _weight_norm_bytes(spec: ModelSpec, case: MemoryCase) -> int:
+    """What DoRA takes to norm the largest of its matrices: the identity that goes through the adapter, and sums.
+
+    Source: peft 0.19 `tuners/lora/dora.py`, `get_lora_weight` and `get_weight_norm`.
+    """
+    if not case.dora or case.full:
+        return 0
+    element = _ELEMENT_BYTES[case.precision]
+    identity = 4 + (element if element == 2 else 0)
+    layers = adapted_layers(spec, case.target_modules)
+    return max((identity * ins * ins + 4 * element * ins * outs for _, ins, outs in layers), default=0)
 
 
 def _chunk_tokens(tokens: int, spec: ModelSpec) -> int:

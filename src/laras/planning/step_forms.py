@@ -31,6 +31,10 @@ _PLAIN_AGAIN = {"calls": 20.5, "engine": 10, "kernels": 7.5, "traffic": 5.0}
 _FULL_SHARE, _FP32_SHARE = 0.45, 0.78  # of that: without adapters, without casts
 _MASKED = 2  # layers of transformers get a mask where rows are padded: the square is full
 _PLAIN_UNPACK_CALLS, _PLAIN_UNPACK_KERNELS = 8, 3
+# Of DoRA, for each adapted layer: calls, kernels, and bytes of an element of what it multiplies token by token, of the
+# identity that goes through the adapter, and of the matrix that it norms.
+_DORA_FORWARD = {"calls": 21, "engine": 0, "kernels": 13, "outputs": 48, "identity": 14, "matrix": 16}
+_DORA_BACKWARD = {"calls": 0, "engine": 17, "kernels": 13, "outputs": 78, "identity": 0, "matrix": 0}
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,27 @@ def _plain_layers(spec: ModelSpec, case: MemoryCase) -> tuple[Work, Work]:
         _plain_products(spec, case, backward=True),
         [_BACKWARD_PRODUCTS, *([_FORWARD_PRODUCTS] if case.checkpointing else [])],
     )
+    if case.dora and not case.full:
+        forward = forward.plus(_dora(spec, case, _DORA_FORWARD))
+        backward = backward.plus(_dora(spec, case, _DORA_BACKWARD))
+        backward = backward.plus(_dora(spec, case, _DORA_FORWARD), int(case.checkpointing))
     return forward, backward
+
+
+def _dora(spec: ModelSpec, case: MemoryCase, counts: dict[str, int]) -> Work:
+    """What it does beside LoRA, in all layers; its products are among the others'."""
+    layers, tokens = adapted_layers(spec, case.target_modules), _tokens(case)
+    moved = sum(
+        tokens * outs * counts["outputs"] + ins * ins * counts["identity"] + ins * outs * counts["matrix"]
+        for _, ins, outs in layers
+    )
+    units = spec.layers * len(layers)
+    return Work(
+        graph_calls=units * counts["calls"],
+        engine_calls=units * counts["engine"],
+        kernels=units * counts["kernels"],
+        moved_bytes=spec.layers * moved,
+    )
 
 
 def _plain_products(spec: ModelSpec, case: MemoryCase, *, backward: bool) -> Iterator[tuple[int, int, int]]:
@@ -270,6 +294,8 @@ def _plain_products(spec: ModelSpec, case: MemoryCase, *, backward: bool) -> Ite
             yield tokens, inputs, outputs
             if has_adapter:
                 yield from ((tokens, inputs, case.lora_r), (tokens, case.lora_r, outputs))
+                if case.dora:
+                    yield from ((inputs, inputs, case.lora_r), (inputs, case.lora_r, outputs))
         if not backward:
             continue
         yield tokens, outputs, inputs
