@@ -53,12 +53,12 @@ class ValidationReport:
 
     def __str__(self) -> str:
         """One line of at most 80 characters."""
-        verdict = "new best" if self.is_best else "no gain"
+        verdict = "new best" if self.is_best else "no improvement"
         if not self.is_best and self.patience is not None:
             verdict += f" ({self.evaluations_without_improvement}/{self.patience})"
         return (
-            f"step {self.step:>5}  val. loss {self.loss:.4f}  perplexity {self.perplexity:7.2f}  "
-            f"accuracy {self.token_accuracy:6.1%}  {verdict}"
+            f"step {self.step:>5}  val. loss {self.loss:.4f}  ppl {self.perplexity:7.2f}  "
+            f"accuracy {self.token_accuracy:5.1%}  {verdict}"
         )
 
 

@@ -64,8 +64,8 @@ def test_plain_lines_say_what_each_validation_meant(capsys: pytest.CaptureFixtur
     lines = capsys.readouterr().err.splitlines()
     assert [line.split("71.0%")[1].strip() for line in lines[:3]] == [
         "new best",
-        "no gain (1/5)",
-        "no gain",
+        "no improvement (1/5)",
+        "no improvement",
     ]
     assert max(map(len, lines[:3])) <= 80
     assert lines[3:] == ["warning: disk is nearly full", "training finished"]
