@@ -24,7 +24,7 @@ import throughput
 import torch
 from torch import Tensor
 
-from laras.models.fused import kernels, launching, triton_attention, triton_kernels, variant
+from laras.models.fused import kernels, triton_attention, triton_kernels, variant
 from laras.models.fused.attention import Documents, attention, attention_backward, attention_backward_, document_bounds
 from laras.models.fused.triton_attention import Blocks
 
@@ -211,7 +211,6 @@ def other_attention_cuts(model: str) -> Iterator[dict[str, Any]]:
 
 
 def _tried(times: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    launching._compiled.clear()  # what is remembered is not told apart by warps and stages
     try:
         return times()
     except Exception as error:  # noqa: BLE001 - too much shared memory is one way of many

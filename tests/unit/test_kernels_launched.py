@@ -70,3 +70,14 @@ def test_a_direct_launch_passes_what_triton_passes(
     call(triton_versions(), *tensors)
     each = len(written.launches) // 3
     assert written.launches[:each] == written.launches[-each:] != []
+
+
+def test_a_kernel_cut_otherwise_is_compiled_anew(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+    from laras.models.fused import launching, triton_kernels
+
+    monkeypatch.setattr(variant, "CHOSEN", replace(variant.CHOSEN, direct_launch=True))
+    tensors, call = CASES["swiglu, ranks"](torch.bfloat16)
+    for warps in (4, 8, 4):
+        monkeypatch.setattr(triton_kernels, "_RANKS_CUT", (32, 128, warps))
+        call(triton_versions(), *tensors)
+    assert len(launching._compiled) == 2

@@ -35,7 +35,7 @@ def launch(
         tensors: On one GPU; their first elements are what the pointers point to.
         numbers: Sizes, strides and factors.
         constants: Values of its `constexpr` parameters.
-        options: Of the compilation, such as `num_warps`; the same at every launch of a kernel.
+        options: Of the compilation, such as `num_warps`; the same names at every launch of a kernel.
     """
     if not variant.CHOSEN.direct_launch:
         kernel[grid](*tensors, *numbers, *constants, **options)
@@ -44,7 +44,8 @@ def launch(
     # Triton specialises by types, by addresses that are multiples of 16, and by numbers that are, or are 1.
     aligned = tuple([place % 16 == 0 for place in places])
     device = tensors[0].device.index
-    key = (id(kernel), device, numbers, constants, tuple([one.dtype for one in tensors]), aligned)
+    dtypes = tuple([one.dtype for one in tensors])
+    key = (id(kernel), device, numbers, constants, dtypes, aligned, *options.values())
     found = _compiled.get(key)
     if found is None:
         # None where Triton interprets.
