@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from laras.models.device_memory import required
+
 _QUEUEING: dict[type, type] = {}
 
 
@@ -39,11 +41,12 @@ def inner_of(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
+@required("the optimizer's states")
 def create_states(optimizer: Any) -> None:
     """Makes every state that is missing as the first step would make it, so that no step takes memory for them.
 
     Raises:
-        torch.cuda.OutOfMemoryError: They do not fit; no step has been taken yet.
+        OutOfMemoryError: They do not fit; no step has been taken yet.
     """
     for group_index, group in enumerate(optimizer.param_groups):
         if is_bitsandbytes(optimizer):

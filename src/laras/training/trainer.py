@@ -177,8 +177,7 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
             state.restore_random_states(self._saved_random_states)
         else:  # whatever trackers and callbacks have drawn
             set_seed(self.args.seed + self.args.process_index)
-        with required("the optimizer's states"):
-            create_states(inner_of(self.optimizer))
+        create_states(inner_of(self.optimizer))
         if self._rehearses:
             self._rehearse()
         if self.counters.stopped:
@@ -340,12 +339,9 @@ class LarasTrainer(SFTTrainer):  # type: ignore[misc]
         steps: list[Callable[[], object]] = [lambda: self._gradients.rehearse(largest)]
         if len(sample):
             steps.append(lambda: self._validation.score(sample, Observer()))
+        memory = self.memory
         rehearsal = rehearse(
-            self.model,
-            self.args.device,
-            steps,
-            peak_bytes=self.memory.current_bytes,
-            planned_bytes=self.memory.planned_bytes,
+            self.model, self.args.device, steps, peak_bytes=memory.current_bytes, planned_bytes=memory.planned_bytes
         )
         self._observer.message(f"rehearsal of the largest batch: {rehearsal}")
         event = RunEvent(step=self.state.global_step, kind="rehearsal", detail=str(rehearsal))
