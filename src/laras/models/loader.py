@@ -225,5 +225,6 @@ def _unloadable(source: str, what: str, error: Exception) -> ConfigError:
         first_line = f"{type(error).__name__}: {first_line}"
     return ConfigError(
         f"the {what} of model_name_or_path {source!r} cannot be loaded: {first_line}",
-        hint="check the name, the network and access rights on the Hub; weights must be safetensors",
+        hint="check the name (a folder's is seen from the working folder), the network and access rights on the Hub; "
+        "weights must be safetensors",
     )
