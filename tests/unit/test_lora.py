@@ -129,3 +129,28 @@ def test_a_router_that_derives_from_a_linear_layer_gets_no_adapter():
     model = tiny("phimoe", num_local_experts=2, num_key_value_heads=2, head_dim=8)
     assert any(isinstance(module, nn.Linear) and "router" in name for name, module in model.named_modules())
     assert linear_module_names(model) == ("k_proj", "o_proj", "q_proj", "v_proj")
+
+
+UNUSUAL = {
+    "gemma3n_text": {  # a list of linear layers, called by their numbers as decoder layers are
+        "num_hidden_layers": 6, "num_kv_shared_layers": 2, "head_dim": 16, "vocab_size_per_layer_input": 128,
+        "hidden_size_per_layer_input": 8, "intermediate_size": 96, "layer_types": ["full_attention"] * 6,
+        "activation_sparsity_pattern": [0.0] * 6,
+    },
+    "mamba": {"num_hidden_layers": 2},  # whose kernels take some weights as they are
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", UNUSUAL)
+def test_every_target_that_is_found_can_be_adapted(model_type):
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 128}
+    config = AutoConfig.for_model(model_type, pad_token_id=0, **{**sizes, **UNUSUAL[model_type]})
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    names = linear_module_names(model)
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert not any(name.isdigit() for name in names)
+    adapted = attach_lora(model, target_modules=names, r=4, alpha=8, seed=0)
+    found = {name for name, module in adapted.base_model.model.named_modules() if hasattr(module, "lora_A")}
+    refused = {name for name in linear if model_type == "mamba" and name.endswith("out_proj")}
+    assert found == linear - {"lm_head"} - refused

@@ -228,6 +228,7 @@ PRODUCTS_OF_THEIR_OWN = {  # by `@`, by `addmm`, by `baddbmm`
     "falcon": {"multi_query": True},
     "gpt2": {"n_embd": 256, "n_layer": 8, "n_head": 4, "vocab_size": 4096, "n_positions": 4096},
     "bloom": {"n_layer": 8, "n_head": 4},
+    "nemotron": {},  # asks what autocast lowers to
 }
 
 

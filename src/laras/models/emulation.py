@@ -268,6 +268,11 @@ def autocast_like_cuda(precision: Precision) -> Iterator[None]:
         yield
         kept.clear()
 
+    autocast_dtype = torch.get_autocast_dtype
+
+    def dtype_of(device_type: str) -> torch.dtype:
+        return low if device_type == "meta" else autocast_dtype(device_type)
+
     was = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
     torch.set_autocast_enabled("cuda", True)
     torch.set_autocast_dtype("cuda", low)
@@ -283,6 +288,7 @@ def autocast_like_cuda(precision: Precision) -> Iterator[None]:
             stack.enter_context(mock.patch.object(torch, "pow", high_power))
             stack.enter_context(mock.patch.object(ExecutionPath, "computing", computing))
             stack.enter_context(mock.patch.object(torch, "clear_autocast_cache", kept.clear))
+            stack.enter_context(mock.patch.object(torch, "get_autocast_dtype", dtype_of))
             yield
     finally:
         torch.set_autocast_enabled("cuda", was[0])

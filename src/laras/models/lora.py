@@ -13,17 +13,24 @@ from transformers.pytorch_utils import Conv1D
 
 from laras.errors import ConfigError
 
+# Of these, PEFT adapts no layer whose weight a kernel takes as it is.
+# Source: peft 0.19 `tuners/tuners_utils.py`, `_check_lora_target_modules_mamba`.
+_MAMBA_TYPES = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+_MAMBA_KERNEL_LAYERS = frozenset({"conv1d", "out_proj"})
+
 
 def linear_module_names(model: PreTrainedModel) -> tuple[str, ...]:
     """Last parts of the names of all linear layers except the output head, sorted; quantised layers count.
 
-    Works on meta tensors too. Names that the head shares with other layers are given in full for those.
+    Works on meta tensors too. Names that other modules have too are given in full: a classifier inside the decoder may
+    be called as the head is, and one of a list of linear layers as a decoder layer is, by its number.
     """
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     linear = {name for name, module in model.named_modules() if _is_plain_linear(module) and module is not head}
-    # A classifier or router inside the decoder may carry the head's own name.
-    head_names = {name.rpartition(".")[2] for name, module in model.named_modules() if module is head}
-    return tuple(sorted({name if (last := name.rpartition(".")[2]) in head_names else last for name in linear}))
+    others = {name.rpartition(".")[2] for name, _ in model.named_modules() if name not in linear}
+    names = {name if (last := name.rpartition(".")[2]) in others else last for name in linear}
+    is_refused = getattr(model.config, "model_type", None) in _MAMBA_TYPES
+    return tuple(sorted(names - _MAMBA_KERNEL_LAYERS if is_refused else names))
 
 
 def _is_plain_linear(module: nn.Module) -> bool:

@@ -30,7 +30,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
 _KV_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _INTERMEDIATE_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts")
+_EXPERT_KEYS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _MAX_LAYERS, _MAX_SIZE = 10_000, 2**31 - 1
 _MAX_NAME_BYTES = 255  # of one part of a path, on every common file system
 _CAUSAL_SUFFIXES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -206,7 +206,7 @@ def model_spec_from_config(config: Mapping[str, Any], source: str) -> ModelSpec:
         max_position_embeddings=positions,
         tie_word_embeddings=tied,
         experts=experts,
-        experts_per_token=_first(text, ("num_experts_per_tok", "top_k_experts")) if experts else 0,
+        experts_per_token=_first(text, ("num_experts_per_tok", "top_k_experts", "moe_k")) if experts else 0,
         total_parameters=linear + embedding + small,
         linear_parameters=linear,
         embedding_parameters=embedding,
