@@ -107,3 +107,11 @@ def test_shells_complete_verbs_options_and_cards(shell: str) -> None:
     assert "export" in completed("laras ex")
     assert "--format" in completed("laras export runs/one --fo")
     assert "rtx4090" in completed("laras plan --gpu rtx4")
+
+
+@pytest.mark.parametrize(("name", "words"), [("", "no GPU ''"), ("4090", "no GPU '4090'"), ("null", "no GPU 'null'")])
+def test_whatever_is_given_as_a_card_is_taken_for_its_name(name: str, words: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 128}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}), encoding="utf-8")
+    result = CliRunner().invoke(app, ["plan", f"model_name_or_path={tmp_path}", "--gpu", name])
+    assert words in str(result.exception)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -61,7 +62,7 @@ def plan_command(
 
     path, overrides = split_arguments(arguments or ())
     if gpu is not None:
-        overrides.append(f"gpu={gpu}")
+        overrides.append(f"gpu={json.dumps(gpu)}")  # a name, though it may read as a number or as nothing
     config = load_config(path, overrides)
     with open_view() as view, _without_compiler():
         made = plan(config, view)
