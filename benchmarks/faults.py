@@ -28,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 import faults_gpu
 import psutil
 import torch
+from tqdm import tqdm
 
 import tiny_training as tiny
 from laras.errors import LarasError
@@ -64,6 +66,7 @@ def forked(work: Callable[[], None]) -> int:
         return child
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no child outlives the sweep
+    tqdm.set_lock(threading.RLock())  # its own is shared with all forks: one that is killed may hold it for ever
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     code = CRASHED

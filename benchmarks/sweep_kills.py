@@ -19,7 +19,6 @@ import random
 import signal
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ import alembic.command
 import optuna.storages
 import torch
 from faults import forked
-from tqdm import tqdm
 
 import laras
 import laras.data.prepare
@@ -44,7 +42,6 @@ from laras.sweeping.study import Study
 from tiny_models import base_model
 
 torch.set_num_threads(1)
-tqdm.set_lock(threading.RLock())  # its own is shared with forked processes: one that is killed would hold it for ever
 RESULTS = Path(__file__).parent / "results" / "sweep_kills.json"
 TRIALS = 6
 SEARCH = {"learning_rate": "1e-5..3e-2:log", "lora_r": [2, 4]}
