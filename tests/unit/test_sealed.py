@@ -2,6 +2,8 @@ import errno
 import hashlib
 import json
 import os
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -54,6 +56,32 @@ def test_a_finished_run_opens_and_every_opening_is_noted(tmp_path):
     assert (first.purpose, first.max_samples) == ("laras test", None)
     assert (second.purpose, second.max_samples) == ("again", 2)
     assert first.opened_at.endswith("+00:00")
+
+
+READS = """
+import sys
+from pathlib import Path
+import pyarrow.parquet
+from laras.data.sealed import unseal
+from laras.data.store import read_tokens
+
+def threads():
+    names = [(task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()]
+    return sum(name != "jemalloc_bg_thd" for name in names)
+
+folder, digest = Path(sys.argv[1]), sys.argv[2]
+before = threads()
+assert unseal(folder, digest).equals(read_tokens(folder / "plain.parquet"))
+assert threads() == before, "threads of Arrow are left, which may hold the rows when the interpreter ends"
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads as Linux tells them")
+def test_rows_are_read_by_one_thread_since_others_could_abort_the_process_at_its_end(tmp_path):
+    write_tokens(tokens(), tmp_path / "plain.parquet")
+    command = [sys.executable, "-c", READS, str(tmp_path), seal_test(tokens(), tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_run_without_test_rows_says_so_and_notes_no_opening(tmp_path):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from laras import __version__
-from laras.data.store import tokens_digest
+from laras.data.store import parquet_table, tokens_digest
 from laras.errors import RunStateError, SealedTestError
 from laras.record_base import replacing
 from laras.records import Opening, RunResult, SplitManifest
@@ -68,9 +68,6 @@ def unseal(folder: Path, digest: str) -> pa.Table:
     Raises:
         SealedTestError: They are missing or damaged, or are not those of the digest.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     path = _test_path(folder)
     try:
         content = path.read_bytes()
@@ -83,7 +80,7 @@ def unseal(folder: Path, digest: str) -> pa.Table:
     plain = b"".join(_masked(memoryview(content)[start:], digest))
     # The first comparison is about every byte, the columns beside the tokens included; the second about the record.
     whole = hashlib.sha256(plain).digest() == content[len(_MAGIC) : start]
-    table = pq.read_table(pa.BufferReader(plain)) if whole else None
+    table = parquet_table(plain) if whole else None
     if table is None or tokens_digest(table) != digest:
         raise SealedTestError(
             f"the sealed test set was altered or damaged: its digest is not {digest[:12]}…, which was recorded",

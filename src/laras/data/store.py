@@ -79,16 +79,27 @@ def read_tokens(path: Path) -> pa.Table:
         RunStateError: When the file is missing or damaged.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     try:
-        with path.open("rb") as file:
-            return pq.read_table(file)
+        return parquet_table(path.read_bytes())
     except FileNotFoundError:
         raise RunStateError(f"{path} is missing", hint="restore the file, or start a new run") from None
     except (pa.ArrowException, OSError) as error:
         detail = (str(error) or type(error).__name__).splitlines()[0]
         raise RunStateError(f"{path} is damaged: {detail}", hint="restore the file, or start a new run") from None
+
+
+def parquet_table(content: bytes) -> pa.Table:
+    """All rows of a Parquet file's bytes, read by this thread alone.
+
+    Arrow's own threads, which read from files, may still hold what belongs to Python when the interpreter ends, and
+    then abort the process in the place of its exit code.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with pq.ParquetFile(pa.BufferReader(content)) as file:
+        return file.read(use_threads=False)
 
 
 def prompt_length(labels: Sequence[int]) -> int:
