@@ -43,12 +43,9 @@ CANDIDATES = [
 TUNED = ("qwen2.5-1.5b", "smollm2-135m", "gemma-2b")  # one for each width that cuts differ by
 WIDTHS = {"qwen2.5-1.5b": (16_384, 8_960), "a chunk of it": (4_096, 8_960), "qwen2.5-7b": (4_096, 18_944)}
 RANKS = 16
-RANK_CUTS = [
-    (rows, columns, warps)
-    for rows, columns, warps in (
-        (16, 64, 4), (16, 128, 8), (32, 64, 4), (32, 64, 8), (32, 128, 4), (32, 128, 8), (64, 64, 4), (64, 64, 8),
-    )
-]  # fmt: skip
+RANK_CUTS = (  # rows, columns, warps
+    (16, 64, 4), (16, 128, 8), (32, 64, 4), (32, 64, 8), (32, 128, 4), (32, 128, 8), (64, 64, 4), (64, 64, 8),
+)  # fmt: skip
 WARM, ROUNDS = 3, 9
 
 

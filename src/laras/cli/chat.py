@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from laras.models.finished import FinishedModels
 
 _HELP = "/base, /tuned or /compare: who answers   /reset: forget   /quit: end\nCtrl-C ends an answer only"
-_ECHO_COLUMNS = (
-    3  # what the terminal itself writes at Ctrl-C must not begin a line, or the live columns lose their place
-)
+# What the terminal itself writes at Ctrl-C must not begin a line, or the live columns lose their place.
+_ECHO_COLUMNS = 3
 
 
 def chat_command(

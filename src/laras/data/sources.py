@@ -93,11 +93,7 @@ def _sources_of(name: str, part: SplitName | None) -> list[Source]:
             raise ValueError("no name of a file")
         path = Path(name).expanduser()
         local = _local_sources(path, part)
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # the last: too deep, or no home is known
+    except (OSError, ValueError, RuntimeError) as error:  # the last: too deep, or no home is known
         detail = getattr(error, "strerror", None) or str(error)
         raise DataError(f"dataset {name!r:.200}: {detail}", hint="write a file, a folder, a glob or a Hub id") from None
     if local is not None:

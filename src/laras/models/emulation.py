@@ -176,10 +176,10 @@ def counted_kernels(recorder: Recorder) -> Iterator[None]:
             recorder.counter.called()
             tokens, heads, channels = args[query].shape
             recorder.counter.attended(tokens, heads, channels, products)
-            # What FlashAttention wants contiguous, it copies; our own kernels want nothing so.
             is_own = any(isinstance(one, Documents) and one.bounds is not None for one in args)
-            wanted = () if is_own else (*args[:query], *args[query + 3 : query + 4]) if query else ()
-            copied = [one for one in wanted if not one.is_contiguous()]
+            copied: list[Tensor] = []
+            if query and not is_own:  # FlashAttention copies a gradient and an output that are strided
+                copied = [one for one in (args[0], args[query + 3]) if not one.is_contiguous()]
             taken = [recorder.request(one.numel() * one.element_size()) for one in copied]
             result = original(*args)
             for one in taken:

@@ -82,6 +82,9 @@ class FusedLayer:
         return result
 
 
+_QueryKeyValue = tuple[Tensor, Tensor, Tensor]
+
+
 @dataclass
 class _Attended:
     qkv: Tensor | None  # None: to be computed again
@@ -167,7 +170,7 @@ def _chunks(tokens: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
 
 
-def _heads(layer: FusedLayer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(layer: FusedLayer, qkv: Tensor) -> _QueryKeyValue:
     """Views of q (T, H, C), k and v (T, G, C)."""
     split = [layer.heads * layer.channels, *[layer.key_value_heads * layer.channels] * 2]
     parts = torch.split(qkv[:, : sum(split)], split, dim=1)
@@ -310,12 +313,10 @@ def _gated_backward(layer: FusedLayer, gate_up: Tensor, product: Tensor, down_ra
         swiglu_backward_(gate, up, product, layer.activation)
         layer.gate_up.rank_gradient(gate_up)
         return torch.mm(product, layer.down.a.t()) if down_ranks is None else down_ranks
-    found = product.new_empty(product.shape[0], layer.down.ranks) if down_ranks is None else None
-    dyb, scaled_b = gate_up[:, layer.gate_up.outputs :], layer.gate_up.scaled_b
-    swiglu_backward_ranks_(gate, up, product, layer.down.a, scaled_b, dyb, found, layer.activation)
-    kept = found if down_ranks is None else down_ranks
-    assert kept is not None
-    return kept
+    found = product.new_empty(product.shape[0], layer.down.ranks) if down_ranks is None else down_ranks
+    dyb, written = gate_up[:, layer.gate_up.outputs :], found if down_ranks is None else None
+    swiglu_backward_ranks_(gate, up, product, layer.down.a, layer.gate_up.scaled_b, dyb, written, layer.activation)
+    return found
 
 
 def _attend_backward(
@@ -343,9 +344,6 @@ def _attend_backward(
     layer.qkv.add_gradients(sums[0], gradient, ranks, buffer[:, : layer.qkv.outputs], dyb)
 
 
-_QueryKeyValue = tuple[Tensor, Tensor, Tensor]
-
-
 def _all_heads_backward(
     layer: FusedLayer, attended: _Attended, o_gradient: Tensor, sources: _QueryKeyValue, targets: _QueryKeyValue,
     documents: Documents,
@@ -367,6 +365,7 @@ def _heads_backward(
     layer: FusedLayer, attended: _Attended, o_gradient: Tensor, sources: _QueryKeyValue, targets: _QueryKeyValue,
     documents: Documents,
 ) -> None:  # fmt: skip
+    """Attention's gradients by FlashAttention or the masked reference, and copied to where they belong."""
     for few, many, out_THC, gradient_THC in _parts(layer, attended, o_gradient):
         raw_q, raw_k, v = sources[0][:, many], sources[1][:, few], sources[2][:, few]
         q, k = (raw_q, raw_k) if layer.query_norm is None else _turned(layer, raw_q, raw_k, documents)

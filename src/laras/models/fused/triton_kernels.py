@@ -109,16 +109,36 @@ def _head_norm_backward(
 
 
 @triton.jit
+def _activated(gate, GELU: tl.constexpr):
+    """silu or the tanh form of gelu, in float32."""
+    inner = gate
+    if GELU:
+        inner = _GELU * gate * (1.0 + _CUBIC * gate * gate)
+    return gate * tl.sigmoid(inner)
+
+
+@triton.jit
+def _activated_and_slope(gate, GELU: tl.constexpr):
+    """That, and its derivative."""
+    if GELU:
+        sigmoid = tl.sigmoid(_GELU * gate * (1.0 + _CUBIC * gate * gate))
+        activated = gate * sigmoid
+        slope = sigmoid + activated * (1 - sigmoid) * (_GELU * (1.0 + 3 * _CUBIC * gate * gate))
+    else:
+        sigmoid = tl.sigmoid(gate)
+        activated = gate * sigmoid
+        slope = sigmoid + activated * (1 - sigmoid)
+    return activated, slope
+
+
+@triton.jit
 def _swiglu(gate_ptr, up_ptr, out_ptr, stride, out_stride, F, GELU: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < F
     gate = tl.load(gate_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
-    inner = gate
-    if GELU:
-        inner = _GELU * gate * (1.0 + _CUBIC * gate * gate)
-    out = (gate * tl.sigmoid(inner)).to(out_ptr.dtype.element_ty).to(tl.float32) * up
+    out = _activated(gate, GELU).to(out_ptr.dtype.element_ty).to(tl.float32) * up
     tl.store(out_ptr + row * out_stride + column, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -131,14 +151,7 @@ def _swiglu_backward(gate_ptr, up_ptr, g_ptr, stride, g_stride, F, GELU: tl.cons
     gate = tl.load(gate_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(up_ptr + row * stride + column, mask=inside, other=0.0).to(tl.float32)
     gradient = tl.load(g_ptr + row * g_stride + column, mask=inside, other=0.0).to(tl.float32)
-    if GELU:
-        sigmoid = tl.sigmoid(_GELU * gate * (1.0 + _CUBIC * gate * gate))
-        activated = gate * sigmoid
-        slope = sigmoid + activated * (1 - sigmoid) * (_GELU * (1.0 + 3 * _CUBIC * gate * gate))
-    else:
-        sigmoid = tl.sigmoid(gate)
-        activated = gate * sigmoid
-        slope = sigmoid + activated * (1 - sigmoid)
+    activated, slope = _activated_and_slope(gate, GELU)
     tl.store(gate_ptr + row * stride + column, (gradient * up * slope).to(kind), mask=inside)
     tl.store(up_ptr + row * stride + column, (gradient * activated).to(kind), mask=inside)
     tl.store(g_ptr + row * g_stride + column, (activated * up).to(kind), mask=inside)
@@ -163,10 +176,7 @@ def _swiglu_ranks(
             mask=(rank < R)[None, :] & (column < F)[:, None],
             other=0.0,
         )
-        inner = gate
-        if GELU:
-            inner = _GELU * gate * (1.0 + _CUBIC * gate * gate)
-        out = ((gate * tl.sigmoid(inner)).to(kind).to(tl.float32) * up).to(kind)
+        out = (_activated(gate, GELU).to(kind).to(tl.float32) * up).to(kind)
         tl.store(out_ptr + place * out_stride + column[None, :], out, mask=inside)
         ranks = tl.dot(out, a, ranks)
     tl.store(
@@ -194,14 +204,7 @@ def _swiglu_backward_ranks(
         up = tl.load(up_ptr + source, mask=inside, other=0.0).to(tl.float32)
         target = g_ptr + place * g_stride + column[None, :]
         gradient = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-        if GELU:
-            sigmoid = tl.sigmoid(_GELU * gate * (1.0 + _CUBIC * gate * gate))
-            activated = gate * sigmoid
-            slope = sigmoid + activated * (1 - sigmoid) * (_GELU * (1.0 + 3 * _CUBIC * gate * gate))
-        else:
-            sigmoid = tl.sigmoid(gate)
-            activated = gate * sigmoid
-            slope = sigmoid + activated * (1 - sigmoid)
+        activated, slope = _activated_and_slope(gate, GELU)
         to_gate, to_up = (gradient * up * slope).to(kind), (gradient * activated).to(kind)
         product = (activated * up).to(kind)
         tl.store(gate_ptr + source, to_gate, mask=inside)
