@@ -155,6 +155,9 @@ class RunConfig(_Frozen):
     packing: Auto | bool = Field(
         "auto", description="Several documents in one row without seeing each other, instead of padding."
     )
+    cuda_graph: Auto | bool = Field(
+        "auto", description="Replay the step as one launch, where the host is the limit; needs packing and a GPU."
+    )
     gradient_checkpointing: Auto | bool = Field(
         "auto", description="Compute activations again in backward: less memory, slower."
     )

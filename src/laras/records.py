@@ -219,7 +219,7 @@ class PlanChoices(Value):
     # stands for `full` (see `laras.models.fused.layer` for the bytes that each keeps). `offload` is `full` with what is
     # kept in main memory.
     checkpoint_kind: CheckpointKind = "none"
-    cuda_graph: bool = False  # replay the step: for steps that the CPU limits; reserves about twice the memory
+    cuda_graph: bool = False  # replay the step: for steps that the host limits
     fused_layers: bool = True  # where the architecture allows it; else transformers' own layers
     mlp_chunk_tokens: int = 4096  # tokens whose gate and up exist at once in a checkpointed fused layer
     loss_chunk_tokens: int = 1024  # target tokens whose logits exist at once

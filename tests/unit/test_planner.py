@@ -272,7 +272,8 @@ def test_of_candidates_about_as_fast_the_simulated_steps_decide(monkeypatch, tmp
         work = Work(calls=10_000 if len(seen) == 1 else 1_000)
         return StepTrace(layers, (Segment("weights", 0, -1, (10**9,)), Segment("forward", 0, 0, (10**6, -2), work)))
 
-    result = plan_training(RunConfig(max_length=1024), None, None, spec_of(), find_gpu("h100").to_hardware(), simulate)
+    config = RunConfig(max_length=1024, cuda_graph=False)
+    result = plan_training(config, None, None, spec_of(), find_gpu("h100").to_hardware(), simulate)
     assert len(seen) == 2
     assert result.choices.per_device_train_batch_size == seen[1]
     assert result.memory.method == "simulation"

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 _BAR_CHARS = 40
 _NO_COMPILER = "TORCHDYNAMO_DISABLE"  # read by torch.compile
 _SHOWN = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "packing", "max_length",
-    "load_in_4bit", "precision", "optim", "loss_kind", "attention", "backend", "lora_r", "lora_alpha", "use_rslora",
-    "target_modules", "learning_rate", "eval_steps",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "packing", "cuda_graph",
+    "max_length", "load_in_4bit", "precision", "optim", "loss_kind", "attention", "backend", "lora_r", "lora_alpha",
+    "use_rslora", "target_modules", "learning_rate", "eval_steps",
 )  # fmt: skip
 
 

@@ -38,7 +38,12 @@ class GraphedStep:
     Args:
         model: With fused layers, on a GPU.
         observer: Is told when capturing fails.
+
+    Attributes:
+        rehearsals: Calls after which it holds all the memory that it will ever hold.
     """
+
+    rehearsals = _EAGER_STEPS + 1
 
     def __init__(self, model: nn.Module, observer: Observer) -> None:
         self._model, self._observer = model, observer

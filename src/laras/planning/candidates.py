@@ -69,6 +69,8 @@ class Candidate:
         memory: Predicted in closed form, until simulated.
         tokens_per_s: Useful tokens, padding left out.
         fits: By its memory estimate.
+        replayed: The step is a CUDA graph.
+        replay_gain: Share of the time that it saves, or would save; None before a simulation.
     """
 
     case: MemoryCase
@@ -77,6 +79,8 @@ class Candidate:
     memory: MemoryEstimate
     tokens_per_s: float
     fits: bool
+    replayed: bool = False
+    replay_gain: float | None = None
 
     @property
     def quantised(self) -> bool:
@@ -367,7 +371,8 @@ def _optims(config: RunConfig, hardware: HardwareSpec) -> list[Optim]:
 
 def _checkpoint_kinds(config: RunConfig, hardware: HardwareSpec) -> list[CheckpointKind]:
     again: list[CheckpointKind] = ["selective", "full"]
-    if hardware.kind == "cuda":  # a CPU has no other memory to put anything into
+    # A CPU has no other memory to put anything into, and a graph keeps no order with such copies.
+    if hardware.kind == "cuda" and config.cuda_graph is not True:
         again.append("offload")
     if config.gradient_checkpointing == "auto":
         return ["none", *again]

@@ -21,6 +21,7 @@ from laras.planning.candidates import (
     host_budget_bytes,
     packing_refusal,
 )
+from laras.planning.cuda_graph import replay_reason
 from laras.planning.fused_memory import offloaded_bytes
 from laras.planning.precision import choose_precision
 from laras.planning.remedies import find_remedies
@@ -83,6 +84,8 @@ def plan_training(
     selection = select(config, spec, hardware, work, found, simulate)
     best, others = selection.best, selection.others
     warnings += selection.warnings
+    if config.cuda_graph is True and not best.replayed:
+        warnings.append(f"not replayed as a CUDA graph: {replay_reason(config, hardware, best).removeprefix('off: ')}")
     steps = _steps(config, work, best)
     choices = resolved_choices(config, spec, best, steps, _eval_steps(config, work, steps))
     reasons = {"precision": f"{precision}: {why}", **_reasons(config, spec, hardware, precision, work, found, best)}
@@ -185,6 +188,7 @@ def _reasons(
         + (" on average" if best.packing else ""),
         "gradient_checkpointing": _checkpointing_reason(config, spec, hardware, found, best),
         "packing": packing if config.packing == "auto" else given,
+        "cuda_graph": replay_reason(config, hardware, best),
         "load_in_4bit": four_bit if config.load_in_4bit == "auto" else given,
         "optim": _optim_reason(config, hardware, best),
         "loss_kind": f"{case.loss_kind}: "

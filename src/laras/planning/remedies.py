@@ -77,6 +77,8 @@ def _changes(config: RunConfig, hardware: HardwareSpec) -> Iterator[tuple[str, d
         yield "gradient_checkpointing: auto", {"gradient_checkpointing": "auto"}
     if config.per_device_train_batch_size not in ("auto", 1):
         yield "per_device_train_batch_size: auto", {"per_device_train_batch_size": "auto"}
+    if config.cuda_graph is True:
+        yield "cuda_graph: auto", {"cuda_graph": "auto"}
     if config.loss_kind == "full":
         yield "loss_kind: auto", {"loss_kind": "auto"}
     four_bit_open = config.load_in_4bit == "auto" and has_bitsandbytes()  # then it was tried already

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from laras.config import RunConfig
 from laras.errors import LarasError
 from laras.planning.candidates import LOSS_CHUNK_TOKENS, Candidate, bin_fill, device_budget_bytes
+from laras.planning.cuda_graph import with_replay
 from laras.planning.memory import adapted_layers, lora_parameters
 from laras.planning.simulated import Simulate, simulated_step
 from laras.planning.throughput import recorded_step_s
@@ -159,17 +160,22 @@ def _simulated(
     step = simulated_step(simulate, config, choices, spec, hardware, budget, documents, largest)
     expected = case.length_tokens if one.packing else work.expected_longest(case.micro_batch)
     recorded = case.micro_batch * largest.row_tokens
-    step_s = recorded_step_s(
-        step.work,
-        hardware,
-        span_tokens=work.attended_tokens if one.packing else expected,
-        target_share=work.target_share * recorded / (largest.target_tokens or recorded),
-        token_share=expected / largest.row_tokens,
-        accumulation=one.accumulation,
+    step_s, replayed_s = (
+        recorded_step_s(
+            step.work,
+            hardware,
+            span_tokens=work.attended_tokens if one.packing else expected,
+            target_share=work.target_share * recorded / (largest.target_tokens or recorded),
+            token_share=expected / largest.row_tokens,
+            accumulation=one.accumulation,
+            replayed=replayed,
+        )
+        for replayed in (False, True)
     )
     useful = bin_fill(work) * case.length_tokens if one.packing else work.mean_tokens
     memory = step.memory.model_copy(update={"host_bytes": one.memory.host_bytes})
-    return replace(one, memory=memory, fits=step.fits, tokens_per_s=useful * case.micro_batch / step_s)
+    issued = replace(one, memory=memory, fits=step.fits, tokens_per_s=useful * case.micro_batch / step_s)
+    return with_replay(config, hardware, issued, choices.trainable_parameters, step_s, replayed_s)
 
 
 def resolved_choices(
@@ -193,6 +199,7 @@ def resolved_choices(
         gradient_accumulation_steps=best.accumulation,
         gradient_checkpointing=case.checkpointing,
         checkpoint_kind=case.checkpoint_kind,
+        cuda_graph=best.replayed,
         fused_layers=case.fused,
         mlp_chunk_tokens=case.mlp_chunk_tokens,
         loss_chunk_tokens=LOSS_CHUNK_TOKENS,

@@ -70,6 +70,7 @@ def recorded_step_s(
     token_share: float = 1.0,
     accumulation: int = 1,
     is_waited_for: bool = True,
+    replayed: bool = False,
 ) -> float:
     """Seconds of one micro-batch with its part of the optimizer's step.
 
@@ -85,11 +86,15 @@ def recorded_step_s(
         token_share: Tokens of an average batch over those of the recorded one.
         accumulation: Micro-batches of an optimizer step.
         is_waited_for: The host waits for the step's end, as the trainer does, which looks at its loss.
+        replayed: Forward and backward are a CUDA graph, which the host issues at once.
     """
     seconds = {
         kind: _seconds(kind, part, hardware, rates, span_tokens, token_share, target_share)
         for kind, part in work.items()
     }
+    if replayed:
+        graph = {*_EACH, *(kind + _AGAIN for kind in _EACH)}
+        seconds = {kind: (busy_s, 0.0 if kind in graph else host_s) for kind, (busy_s, host_s) in seconds.items()}
     if not is_waited_for:
         times = [seconds[kind] for kind in _order(work, accumulation)]
         return max(sum(busy_s for busy_s, _ in times), sum(host_s for _, host_s in times)) / accumulation

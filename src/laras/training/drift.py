@@ -34,7 +34,7 @@ _FREE_KEYS = {
     "profile", "model_name_or_path", "model_revision", "trust_remote_code", "output_dir", "run_name", "report_to",
     "logging_steps", "save_steps", "save_total_limit", "max_skipped_steps", "gpu", "memory_budget_fraction",
     "gradient_checkpointing", "per_device_train_batch_size", "per_device_eval_batch_size",
-    "gradient_accumulation_steps",
+    "gradient_accumulation_steps", "cuda_graph",
 }  # fmt: skip
 _HUB_DIGEST_CHARS = 64  # the Hub's cache names a file by its SHA-256
 

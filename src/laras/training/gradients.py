@@ -125,8 +125,9 @@ class StepGradients:
                 self._ready[tuple(piece)] = self._collate(piece)
 
     def rehearse(self, micro: MicroBatch) -> None:
-        """One micro-batch forward and backward; its gradient is the caller's to remove."""
-        self._until_it_fits(lambda: self._accumulate((micro,), 1.0))
+        """One micro-batch forward and backward, as often as a step needs to be as it stays; gradients are left."""
+        for _ in range(getattr(self._step, "rehearsals", 1)):
+            self._until_it_fits(lambda: self._accumulate((micro,), 1.0))
 
     def _accumulate(self, micro_batches: tuple[MicroBatch, ...], scale: float) -> Tensor:
         """Summed loss, a float64 scalar on the device."""

@@ -1,0 +1,89 @@
+"""Whether a step is replayed as a CUDA graph: where the host issues work more slowly than the device does it.
+
+What the step allocates then belongs to the graph, so that an evaluation finds none of it free. The graph has gradients
+of its own from the start, and matrix products a workspace on each of its two streams (`laras.models.graphs`).
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from laras.config import RunConfig
+from laras.planning.candidates import Candidate
+from laras.planning.memory import workspace_bytes
+from laras.records import HardwareSpec, MemoryEstimate
+
+# A step that a graph makes faster by less is not worth what evaluation loses of the memory.
+_LEAST_GAIN = 0.2
+_STREAMS = 2  # one for the first steps, one for the capture
+_GRADIENT_BYTES = 4
+
+
+def replay_refusal(config: RunConfig, hardware: HardwareSpec, one: Candidate) -> str | None:
+    """Why the step of a candidate cannot be replayed, in one line; None where it can."""
+    reasons = {
+        "there is no GPU": hardware.kind != "cuda",
+        "the layers are not Laras' own": not one.case.fused,
+        "without packing every batch has another shape": not one.packing,
+        "inputs of layers go to main memory": one.case.checkpoint_kind == "offload",
+        "with full_determinism, as a resume begins with steps that are not replayed": config.full_determinism,
+        "there are several GPUs": hardware.count > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1,
+    }
+    return next((reason for reason, holds in reasons.items() if holds), None)
+
+
+def with_replay(
+    config: RunConfig, hardware: HardwareSpec, one: Candidate, trained: int, step_s: float, replayed_s: float
+) -> Candidate:
+    """The candidate, replayed if that is wanted, or worth it and there is the memory.
+
+    Args:
+        config: What the user wants.
+        hardware: The device.
+        one: Simulated.
+        trained: Parameters that are trained.
+        step_s: Of a micro-batch that the host issues.
+        replayed_s: Of one that is replayed.
+    """
+    gain = 1 - replayed_s / step_s
+    one = replace(one, replay_gain=gain)
+    if config.cuda_graph is False or replay_refusal(config, hardware, one) is not None:
+        return one
+    memory = _memory(one.memory, hardware, trained)
+    fits = one.fits and memory.train_peak_reserved_bytes <= memory.device_budget_bytes
+    if config.cuda_graph == "auto" and (gain < _LEAST_GAIN or not fits):
+        return one
+    return replace(one, replayed=True, memory=memory, fits=fits, tokens_per_s=one.tokens_per_s * step_s / replayed_s)
+
+
+def replay_reason(config: RunConfig, hardware: HardwareSpec, best: Candidate) -> str:
+    """One line for the plan."""
+    refusal = replay_refusal(config, hardware, best)
+    if refusal is not None:
+        return f"off: {refusal}"
+    if config.cuda_graph != "auto":
+        return "as configured"
+    if best.replay_gain is None:
+        return "off: the step was not simulated"
+    if best.replayed:
+        return f"on: the host issues a step more slowly than the GPU runs it; saves {best.replay_gain:.0%} of the time"
+    if best.replay_gain < _LEAST_GAIN:
+        return f"off: the GPU is the limit; it would save {max(0.0, best.replay_gain):.0%} of the time"
+    return "off: there is no memory for it"
+
+
+def _memory(eager: MemoryEstimate, hardware: HardwareSpec, trained: int) -> MemoryEstimate:
+    graph = _GRADIENT_BYTES * trained + _STREAMS * workspace_bytes(hardware)
+    static = sum(eager.components.get(name, 0) for name in ("weights", "optimizer", "workspace"))
+    beside = min(eager.train_peak_allocated_bytes, eager.eval_peak_allocated_bytes) - static
+    reserved = graph + max(0, beside)
+    return eager.model_copy(
+        update={
+            "train_peak_allocated_bytes": eager.train_peak_allocated_bytes + graph,
+            "train_peak_reserved_bytes": eager.train_peak_reserved_bytes + reserved,
+            "eval_peak_allocated_bytes": eager.eval_peak_allocated_bytes + graph,
+            "process_bytes": eager.process_bytes and eager.process_bytes + reserved,
+            "components": {**eager.components, "CUDA graph": graph},
+        }
+    )
