@@ -105,7 +105,7 @@ def rows():
 
     generator, made = np.random.default_rng(SEED), []
     for length in lengths():
-        ids = generator.integers(300, 2000 if TINY else 50000, size=length)
+        ids = generator.integers(300, 2000 if TINY else 49_000, size=length)  # every vocabulary is larger
         labels = ids.copy()
         labels[: length // 3] = -100
         made.append({"input_ids": ids.tolist(), "labels": labels.tolist()})
