@@ -58,7 +58,6 @@ CHECKS = (
     )),
 )  # fmt: skip
 MEASUREMENTS = (
-    Part("kernels", 150, (str(HERE / "kernel_times.py"), "--out", "PART", "--budget-s", "130")),
     Part("variants", 300, (
         str(HERE / "throughput.py"), "--session", "--groups", "variants", "--out", "PART", "--budget-s", "LEFT",
     )),

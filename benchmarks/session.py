@@ -36,12 +36,8 @@ GROUPS = {
     # Inputs of layers in main memory beside the same with them on the card; then what each change since v4 does to the
     # case that it was made for, and what is not on by default.
     "variants": [
-        ("laras", "qlora_full_8k@direct_launch=1"), ("laras", "qlora_full_8k"),
-        ("laras", "qlora_full_8k@document_attention=1,direct_launch=1"),
-        ("laras", "lora_16k"), ("laras", "lora_16k@document_attention=1"), ("laras", "lora_16k@swiglu_ranks=1"),
-        ("laras", "qlora_full_16k@direct_launch=1"), ("laras", "qlora_full_16k@document_attention=1,direct_launch=1"),
-        ("laras", "small_lora_4k"), ("laras", "small_lora_4k@direct_launch=1"), ("laras", "small_lora_4k@graph=1"),
-        ("laras", "qlora_full_16k@kind=offload"), ("laras", "qlora_full_16k"),
+        ("laras", "small_lora_4k"), ("laras", "small_lora_4k@graph=1"),
+        ("laras", "lora_16k"), ("laras", "qlora_full_16k@kind=offload"), ("laras", "qlora_full_16k"),
         ("laras", "7b_qlora_full_8k@kind=offload"), ("laras", "7b_qlora_full_8k"),
         ("laras", "qlora_full_8k@kind=offload"), ("laras", "qlora_full_8k"),
         ("laras", "lora_full_16k@kind=offload"), ("laras", "lora_full_16k"),

@@ -8,7 +8,7 @@ Measured were the cases of `memory.py`, `cap_grid.py` and `throughput.py`, each 
 The work of a case (its operations, counted while its step is simulated) is kept in a file, since the layers go on
 changing and the measurements do not; `commit` names the layers that were simulated. `record` adds cases that are not
 there. Left out: 4-bit cases of the fused layers in `memory_measured.jsonl`, whose weights were unpacked in another way
-then, and steps whose kernels were launched in another way than the product's, or as a graph.
+then, and steps of variants that were not kept, or of a graph.
 
 `results/step_time_blind.jsonl` holds what the constants of before predicted for the cases of `cap_grid.py`, the later
 ones of `throughput.py` and three of `memory.py` that were measured again; none of them had a part in those constants.
@@ -65,6 +65,8 @@ HALVES, STEPS, SEED = 10, 260, 1
 NEAR = 0.15  # the error that is promised
 _OUTLIER = 0.5  # of a logarithm: more does not count, since a machine that was busy says nothing of the model
 _FILLED = 0.95  # of a cap: what the allocator keeps beside what is allocated takes the rest
+# Flags that `variant` no longer has, and what was kept. A row that says nothing is of before or after the choice.
+_DECIDED = {"offload": False, "document_attention": False, "swiglu_ranks": False, "direct_launch": True}
 _FIXED = frozenset({"attention"})  # known from kernels alone; documents of the measured steps are too short to tell
 _HOST = {"call_s": 0.0, "graph_s": 0.0, "engine_s": 0.0, "launch_s": 0.0, "compiled_s": 0.0}
 
@@ -202,12 +204,12 @@ def _of_throughput(gpu: str) -> Iterator[dict[str, Any]]:
     seen: dict[str, int] = defaultdict(int)
     for line in (memory.RESULTS / "throughput.jsonl").read_text().splitlines():
         fact = json.loads(line)
-        if "fused" not in fact or "step_ms" not in fact or "@offload=" in fact["name"]:
+        if "fused" not in fact or "step_ms" not in fact:
             continue
         card = match_device_name(fact["gpu"])
         case, chosen = throughput.resolve(fact["name"])
-        launches_directly = fact["variant"].get("direct_launch", False)
-        is_of_the_product = not case.get("graph") and launches_directly == variant.CHOSEN.direct_launch
+        is_as_decided = all(fact["variant"].get(flag, kept) == kept for flag, kept in _DECIDED.items())
+        is_of_the_product = not case.get("graph") and is_as_decided
         if card is None or card.name != gpu or not is_of_the_product:
             continue
         seen[fact["name"]] += 1

@@ -177,7 +177,6 @@ def test_every_path_gives_the_loss_and_gradient_of_the_plain_padded_one(folders,
 def test_every_variant_gives_the_same(folders, expected, monkeypatch, flag, kind):
     other = dataclasses.replace(variant.CHOSEN, **{flag: not getattr(variant.CHOSEN, flag)})
     monkeypatch.setattr(variant, "CHOSEN", other)
-    monkeypatch.setattr("laras.models.fused.model.has_own_attention", lambda _: True)
     for name in ("qwen2", "qwen3", "smollm3"):
         model = built(folders[name], gradient_checkpointing=kind != "none", checkpoint_kind=kind)
         assert model.laras_path.fused.layers[0].variant == other
@@ -331,19 +330,12 @@ def test_planning_reads_what_a_configuration_leaves_out_as_transformers_does(tmp
 
 
 @pytest.mark.parametrize("name", ["qwen3", "phi3, part rotated", "gemma"])
-def test_a_kernel_that_is_wrong_on_a_device_is_found_before_the_run(folders, monkeypatch, name):
-    is_all = name == "qwen3"
-    chosen = dataclasses.replace(variant.CHOSEN, document_attention=is_all, swiglu_ranks=is_all)
-    monkeypatch.setattr(variant, "CHOSEN", chosen)
+def test_a_kernel_that_is_wrong_on_a_device_is_found_before_the_run(folders, name):
     sizes = kernel_sizes(built(folders[name]), torch.bfloat16)
     assert disagreement(sizes, torch.device("cpu")) is None
     called = ["rms_norm_", "rms_norm_backward_", "rope_", "swiglu_", "swiglu_backward_"]
     if sizes.head_norm:
         called += ["head_norm_", "head_norm_backward_"]
-    if sizes.with_ranks:
-        called += ["swiglu_ranks_", "swiglu_backward_ranks_"]
-    if sizes.key_value_heads is not None:
-        called += ["document_attention_", "document_attention_backward_"]
 
     def leaves(*_):
         pass
@@ -356,6 +348,21 @@ def test_a_kernel_that_is_wrong_on_a_device_is_found_before_the_run(folders, mon
         assert "does not give its reference's result" in disagreement(sizes, torch.device("cpu"), broken)
         setattr(broken, one, fails)
         assert "does not run here: out of resource" in disagreement(sizes, torch.device("cpu"), broken)
+
+
+def test_a_kernel_that_cannot_be_launched_directly_is_found_before_the_run(folders):
+    """The first launch is Triton's own; what another version of Triton expects of a direct one shows in the second."""
+    calls = []
+
+    def runs_once(*args):
+        calls.append(args)
+        if len(calls) > 1:
+            raise TypeError("function takes exactly 18 arguments")
+        kernels.rms_norm_(*args)
+
+    sizes = kernel_sizes(built(folders["qwen2"]), torch.bfloat16)
+    broken = SimpleNamespace(**{**vars(kernels), "rms_norm_": runs_once})
+    assert "norm does not run here: function takes" in disagreement(sizes, torch.device("cpu"), broken)
 
 
 def test_layers_of_a_models_own_code_stay_plain(folders):

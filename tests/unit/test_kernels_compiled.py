@@ -12,7 +12,7 @@ import os
 import pytest
 import torch
 
-from kernel_cases import CASES, triton_versions
+from kernel_cases import CASES
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1" or importlib.util.find_spec("triton") is None,
@@ -20,13 +20,12 @@ pytestmark = pytest.mark.skipif(
 )
 TYPES = {
     torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.uint8: "*u8",
-    torch.int32: "*i32",
 }  # fmt: skip
 
 
 @pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
 def compiled(request, monkeypatch):
-    """Launches compile instead; the names of the kernels, their sizes and their shared memory, in bytes."""
+    """Launches compile instead; the names of the kernels and their sizes in bytes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -45,7 +44,7 @@ def compiled(request, monkeypatch):
                 signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
         source = ASTSource(kernel, signature, constants)
         binary = triton.compile(source, target=GPUTarget("cuda", request.param, 32), options=options)
-        found.append((kernel.__name__, len(binary.asm["cubin"]), binary.metadata.shared))
+        found.append((kernel.__name__, len(binary.asm["cubin"])))
 
     monkeypatch.setattr(JITFunction, "run", compile_only)
     return found
@@ -53,23 +52,12 @@ def compiled(request, monkeypatch):
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_kernel_compiles(compiled, name):
+    from laras.models.fused import triton_kernels
+
     tensors, call = CASES[name](torch.bfloat16)
-    call(triton_versions(), *tensors)
+    call(triton_kernels, *tensors)
     assert compiled
-    assert all(size > 0 for _, size, _ in compiled)
-
-
-@pytest.mark.parametrize(("compiled", "limit_kib"), [(80, 163), (86, 99), (89, 99), (90, 227)], indirect=["compiled"])
-@pytest.mark.parametrize("name", ["64 channels", "128 channels", "256 channels"])
-def test_attention_fits_the_shared_memory_of_a_gpu(compiled, monkeypatch, limit_kib, name):
-    from laras.models.fused import triton_attention
-
-    monkeypatch.setattr(triton_attention, "_shared_bytes", lambda _: limit_kib * 1024)
-    for direction in ("attention", "attention backward"):
-        tensors, call = CASES[f"{direction}, {name}"](torch.bfloat16)
-        call(triton_versions(), *tensors)
-    assert [kernel for kernel, *_ in compiled] == ["_forward", "_backward_to_queries", "_backward_to_keys"]
-    assert max(shared for *_, shared in compiled) <= limit_kib * 1024
+    assert all(size > 0 for _, size in compiled)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
@@ -80,4 +68,4 @@ def test_the_unpacking_of_4bit_weights_compiles(compiled, layers):
 
     group = packed_group(layers, 1536, "cpu")
     unpack_(group.packed, group.states, group.row_starts, group.factors, group.storage)
-    assert [name for name, size, _ in compiled if size > 0] == ["_unpack"]
+    assert [name for name, size in compiled if size > 0] == ["_unpack"]

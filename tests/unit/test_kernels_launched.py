@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from kernel_cases import CASES, triton_versions
-from laras.models.fused import variant
+from kernel_cases import CASES, norm
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("TRITON_INTERPRET") == "1" or importlib.util.find_spec("triton") is None,
@@ -60,24 +58,21 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Written:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_direct_launch_passes_what_triton_passes(
-    written: Written, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_a_direct_launch_passes_what_triton_passes(written: Written, name: str) -> None:
+    from laras.models.fused import triton_kernels
+
     tensors, call = CASES[name](torch.bfloat16)
-    call(triton_versions(), *tensors)
-    monkeypatch.setattr(variant, "CHOSEN", replace(variant.CHOSEN, direct_launch=True))
-    call(triton_versions(), *tensors)  # by Triton, and remembered
-    call(triton_versions(), *tensors)
-    each = len(written.launches) // 3
-    assert written.launches[:each] == written.launches[-each:] != []
+    call(triton_kernels, *tensors)  # by Triton, and remembered
+    call(triton_kernels, *tensors)
+    by_triton, direct = written.launches
+    assert direct == by_triton
 
 
-def test_a_kernel_cut_otherwise_is_compiled_anew(written: Written, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kernel_compiled_otherwise_is_another(written: Written) -> None:
     from laras.models.fused import launching, triton_kernels
 
-    monkeypatch.setattr(variant, "CHOSEN", replace(variant.CHOSEN, direct_launch=True))
-    tensors, call = CASES["swiglu, ranks"](torch.bfloat16)
+    (x, weight, out), _ = norm(torch.bfloat16, 512)
     for warps in (4, 8, 4):
-        monkeypatch.setattr(triton_kernels, "_RANKS_CUT", (32, 128, warps))
-        call(triton_versions(), *tensors)
+        numbers = (x.stride(0), out.stride(0), 1e-6)
+        launching.launch(triton_kernels._norm, (len(x),), (x, weight, out), numbers, (512, 512), num_warps=warps)
     assert len(launching._compiled) == 2

@@ -125,7 +125,7 @@ def test_what_is_measured_on_two_cards_is_never_in_one_file(monkeypatch: pytest.
     assert step_time._repeated([rows[0], rows[0]]) and not step_time._repeated([rows[0], other])
 
 
-def test_only_steps_launched_as_the_products_are_have_a_part_in_the_fit(
+def test_steps_of_variants_that_were_not_kept_have_no_part_in_the_fit(
     on_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     import json
@@ -133,16 +133,21 @@ def test_only_steps_launched_as_the_products_are_have_a_part_in_the_fit(
     import memory
     import step_time
 
-    from laras.models.fused import variant
-
     fact = {"step_ms": 300.0, "fused": True, "gpu": "NVIDIA H200"}
-    other = not variant.CHOSEN.direct_launch
+    direct = {"document_attention": False, "direct_launch": True}
+    cases = {
+        "qlora_full_8k": direct | {"direct_launch": False},
+        "qlora_full_8k@direct_launch=1": direct,
+        "qlora_full_8k@document_attention=1,direct_launch=1": direct | {"document_attention": True},
+        "qlora_full_16k@qkv_again=0": {},
+    }
     with (tmp_path / "throughput.jsonl").open("w") as file:
-        for name, direct in (("qlora_full_16k@qkv_again=0", not other), ("qlora_full_16k@direct_launch=1", other)):
-            print(json.dumps({**fact, "name": name, "variant": {"direct_launch": direct}}), file=file)
+        for name, variant in cases.items():
+            print(json.dumps({**fact, "name": name, "variant": variant}), file=file)
     monkeypatch.setattr(memory, "RESULTS", tmp_path)
-    (row,) = step_time._of_throughput("H200")
-    assert row["key"].endswith("@qkv_again=0") and not row["chosen"].qkv_again
+    directly, otherwise = step_time._of_throughput("H200")
+    assert directly["key"].endswith("|qlora_full_8k@direct_launch=1")
+    assert otherwise["key"].endswith("@qkv_again=0") and not otherwise["chosen"].qkv_again
 
 
 def test_no_benchmark_has_the_name_of_a_package_that_a_library_looks_for() -> None:

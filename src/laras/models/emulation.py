@@ -157,7 +157,6 @@ def kernels_of(hardware: HardwareSpec, recorder: Recorder) -> Iterator[None]:
 def counted_kernels(recorder: Recorder) -> Iterator[None]:
     """The fused layers' own kernels, which do nothing on meta tensors, tell the recorder what they would have done."""
     from laras.models.fused import kernels, layer, lora, loss, model, offload
-    from laras.models.fused.attention import Documents
 
     def started(hidden: Tensor) -> None:
         recorder.counter.called(COPY_CALLS)
@@ -176,10 +175,8 @@ def counted_kernels(recorder: Recorder) -> Iterator[None]:
             recorder.counter.called()
             tokens, heads, channels = args[query].shape
             recorder.counter.attended(tokens, heads, channels, products)
-            is_own = any(isinstance(one, Documents) and one.bounds is not None for one in args)
-            copied: list[Tensor] = []
-            if query and not is_own:  # FlashAttention copies a gradient and an output that are strided
-                copied = [one for one in (args[0], args[query + 3]) if not one.is_contiguous()]
+            wanted = (args[0], args[query + 3]) if query else ()
+            copied = [one for one in wanted if not one.is_contiguous()]  # by FlashAttention: a gradient and an output
             taken = [recorder.request(one.numel() * one.element_size()) for one in copied]
             result = original(*args)
             for one in taken:
@@ -193,7 +190,6 @@ def counted_kernels(recorder: Recorder) -> Iterator[None]:
         for name, products, query in (
             ("attention", FORWARD_PRODUCTS, 0),
             ("attention_backward", BACKWARD_PRODUCTS, 1),
-            ("attention_backward_", BACKWARD_PRODUCTS, 1),
         )
     ]
     patches.append((offload, "started", started))

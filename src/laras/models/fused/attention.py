@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from laras.models.attention import document_mask, has_varlen_kernel
-from laras.models.fused.kernels import document_attention_, document_attention_backward_
 
 
 @dataclass(frozen=True)
@@ -24,28 +23,10 @@ class Documents:
     cos_TC: Tensor
     sin_TC: Tensor
     rows: int | None = None  # where every document has the same length, as the rows of a padded batch have
-    bounds: tuple[Tensor, Tensor] | None = None  # of `document_bounds`, where our own kernels attend
-
-
-def has_own_attention(device: torch.device) -> bool:
-    """Whether our kernels attend there; on meta tensors as on a GPU, elsewhere the masked reference is faster."""
-    return device.type in ("cuda", "meta")
-
-
-def document_bounds(cu_seqlens_M: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """(T,) int32 each: the first row of each row's document, and the row behind its last."""
-    row_T = torch.arange(tokens, dtype=torch.int32, device=cu_seqlens_M.device)
-    document_T = torch.bucketize(row_T, cu_seqlens_M[1:], right=True, out_int32=True)
-    return cu_seqlens_M[document_T], cu_seqlens_M[1:][document_T]
 
 
 def attention(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, documents: Documents, scale: float) -> tuple[Tensor, Any]:
     """Output (T, H, C), and what the backward pass wants of the kernel: None for the masked reference."""
-    if documents.bounds is not None:
-        out_THC = q_THC.new_empty(q_THC.shape)
-        lse_HT = q_THC.new_empty(q_THC.shape[1], q_THC.shape[0], dtype=torch.float32)
-        document_attention_(q_THC, k_TGC, v_TGC, documents.bounds[0], scale, out_THC, lse_HT)
-        return out_THC, lse_HT
     if q_THC.is_meta:
         logsumexp = q_THC.new_empty(q_THC.shape[1], q_THC.shape[0], dtype=torch.float32)
         return q_THC.new_empty(q_THC.shape), (logsumexp, None, None)
@@ -78,18 +59,6 @@ def attention_backward(
         out = _reference(q, k, v, documents, scale)
         dq, dk, dv = torch.autograd.grad(out, (q, k, v), gradient_THC)
         return dq, dk, dv
-
-
-def attention_backward_(
-    gradient_THC: Tensor, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, out_THC: Tensor, lse_HT: Tensor,
-    documents: Documents, scale: float, dq_THC: Tensor, dk_TGC: Tensor, dv_TGC: Tensor,
-) -> None:  # fmt: skip
-    """Writes the gradients to queries, keys and values, where documents have `bounds`."""
-    assert documents.bounds is not None
-    delta_HT = torch.empty_like(lse_HT)
-    document_attention_backward_(
-        gradient_THC, q_THC, k_TGC, v_TGC, *documents.bounds, scale, out_THC, lse_HT, delta_HT, dq_THC, dk_TGC, dv_TGC
-    )
 
 
 def _reference(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, documents: Documents, scale: float) -> Tensor:

@@ -3,7 +3,7 @@ tensors allocates what a step on a GPU does; Triton on CUDA, plain PyTorch elsew
 
 A norm's weight in the type of its input multiplies what was rounded to that type, as Llama has it; one in float32 is
 multiplied before rounding, as Gemma has it. Shapes: T tokens, D hidden, F feed-forward width, H heads, C channels of a
-head, R of them rotated, G key-value heads, V vocabulary.
+head, R of them rotated, V vocabulary.
 """
 
 from __future__ import annotations
@@ -25,12 +25,6 @@ def _triton() -> Any:
     from laras.models.fused import triton_kernels
 
     return triton_kernels
-
-
-def _triton_attention() -> Any:
-    from laras.models.fused import triton_attention
-
-    return triton_attention
 
 
 def rms_norm_(x_TD: Tensor, weight_D: Tensor, eps: float, out_TD: Tensor) -> None:
@@ -151,48 +145,6 @@ def swiglu_backward_(gate_TF: Tensor, up_TF: Tensor, gradient_TF: Tensor, activa
     gradient_TF.copy_(product)
 
 
-def swiglu_ranks_(
-    gate_TF: Tensor, up_TF: Tensor, a_RF: Tensor, out_TF: Tensor, ranks_TR: Tensor, activation: str = "silu"
-) -> None:
-    """`swiglu_`, and in the same pass `ranks = out A^T` of the layer that takes the product."""
-    if gate_TF.is_meta:
-        return
-    if gate_TF.is_cuda:
-        _triton().swiglu_ranks_(gate_TF, up_TF, a_RF, out_TF, ranks_TR, activation)
-        return
-    swiglu_(gate_TF, up_TF, out_TF, activation)
-    torch.mm(out_TF, a_RF.t(), out=ranks_TR)
-
-
-def swiglu_backward_ranks_(
-    gate_TF: Tensor, up_TF: Tensor, gradient_TF: Tensor, a_RF: Tensor, sb_2FR: Tensor, dyb_TR: Tensor,
-    ranks_TR: Tensor | None, activation: str = "silu",
-) -> None:  # fmt: skip
-    """`swiglu_backward_`, and in the same pass what adapters want of the tensors that it writes.
-
-    Args:
-        gate_TF: As `swiglu_backward_` has it; its rows continue with up's.
-        up_TF: Likewise.
-        gradient_TF: Likewise.
-        a_RF: A of the layer that takes the product.
-        sb_2FR: B of gate and up, scaled.
-        dyb_TR: Written: the gradients to gate and up, times it.
-        ranks_TR: Written: the product times A^T; None where it was kept.
-        activation: As `swiglu_backward_` has it.
-    """
-    if gate_TF.is_meta:
-        return
-    if gate_TF.is_cuda:
-        _triton().swiglu_backward_ranks_(gate_TF, up_TF, gradient_TF, a_RF, sb_2FR, dyb_TR, ranks_TR, activation)
-        return
-    swiglu_backward_(gate_TF, up_TF, gradient_TF, activation)
-    width = gate_TF.shape[1]
-    torch.mm(gate_TF, sb_2FR[:width], out=dyb_TR)
-    dyb_TR.addmm_(up_TF, sb_2FR[width:])
-    if ranks_TR is not None:
-        torch.mm(gradient_TF, a_RF.t(), out=ranks_TR)
-
-
 def unpack_4bit_(
     storage: Tensor, factors: Tensor, states: Sequence[Any], row_starts: Sequence[int], *packed: Tensor
 ) -> None:
@@ -220,84 +172,3 @@ def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, nll_T: Tensor) -> None:
     nll_T.copy_(torch.where(counted, -log_probability.gather(1, index)[:, 0], 0.0))
     gradient = log_probability.exp_().scatter_add_(1, index, torch.full_like(index, -1, dtype=wide.dtype))
     logits_TV.copy_(torch.where(counted[:, None], gradient, 0.0))
-
-
-def document_attention_(
-    q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, starts_T: Tensor, scale: float, out_THC: Tensor, lse_HT: Tensor
-) -> None:
-    """Causal attention within documents; `lse` becomes the logarithm, base 2, of each softmax's sum.
-
-    Args:
-        q_THC: Queries; as the others it may be strided, but for its channels.
-        k_TGC: Keys, G a divisor of H.
-        v_TGC: Values.
-        starts_T: int32, the first row of each row's document.
-        scale: Of the scores.
-        out_THC: Written.
-        lse_HT: Written, float32, contiguous.
-    """
-    if q_THC.is_meta:
-        return
-    if q_THC.is_cuda:
-        _triton_attention().document_attention_(q_THC, k_TGC, v_TGC, starts_T, scale, out_THC, lse_HT)
-        return
-    q_HTC, k_HTC, v_HTC = _by_head(q_THC, k_TGC, v_TGC)
-    scores_HTT = _document_scores(q_HTC, k_HTC, starts_T, scale)
-    out_THC.copy_((scores_HTT.softmax(-1) @ v_HTC).transpose(0, 1))
-    lse_HT.copy_(scores_HTT.logsumexp(-1) / math.log(2))
-
-
-def document_attention_backward_(
-    gradient_THC: Tensor, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, starts_T: Tensor, ends_T: Tensor, scale: float,
-    out_THC: Tensor, lse_HT: Tensor, delta_HT: Tensor, dq_THC: Tensor, dk_TGC: Tensor, dv_TGC: Tensor,
-) -> None:  # fmt: skip
-    """Writes the gradients to queries, keys and values.
-
-    Args:
-        gradient_THC: To the output.
-        q_THC: As forward had it, and so on.
-        k_TGC: As forward had it.
-        v_TGC: As forward had it.
-        starts_T: As forward had it.
-        ends_T: int32, the row behind the last of each row's document.
-        scale: As forward had it.
-        out_THC: What forward wrote.
-        lse_HT: What forward wrote.
-        delta_HT: Written, float32, contiguous: the product of output and gradient, summed over channels.
-        dq_THC: Written; as the two that follow it may be strided, but for its channels.
-        dk_TGC: Written.
-        dv_TGC: Written.
-    """
-    if q_THC.is_meta:
-        return
-    if q_THC.is_cuda:
-        _triton_attention().document_attention_backward_(
-            gradient_THC, q_THC, k_TGC, v_TGC, starts_T, ends_T, scale, out_THC, lse_HT, delta_HT,
-            dq_THC, dk_TGC, dv_TGC,
-        )  # fmt: skip
-        return
-    q_HTC, k_HTC, v_HTC = _by_head(q_THC, k_TGC, v_TGC)
-    gradient_HTC = gradient_THC.transpose(0, 1).float()
-    delta_HT.copy_((out_THC.transpose(0, 1).float() * gradient_HTC).sum(-1))
-    scores_HTT = _document_scores(q_HTC, k_HTC, starts_T, scale)
-    share_HTT = torch.exp2(scores_HTT / math.log(2) - lse_HT[:, :, None])
-    to_scores_HTT = share_HTT * (gradient_HTC @ v_HTC.transpose(1, 2) - delta_HT[:, :, None]) * scale
-    dq_THC.copy_((to_scores_HTT @ k_HTC).transpose(0, 1))
-    for target, found_HTC in (
-        (dk_TGC, to_scores_HTT.transpose(1, 2) @ q_HTC),
-        (dv_TGC, share_HTT.transpose(1, 2) @ gradient_HTC),
-    ):
-        target.copy_(found_HTC.view(target.shape[1], -1, *found_HTC.shape[1:]).sum(1).transpose(0, 1))
-
-
-def _by_head(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(H, T, C) in float32, keys and values once for each query head."""
-    group = q_THC.shape[1] // k_TGC.shape[1]
-    k_HTC, v_HTC = (one.transpose(0, 1).float().repeat_interleave(group, dim=0) for one in (k_TGC, v_TGC))
-    return q_THC.transpose(0, 1).float(), k_HTC, v_HTC
-
-
-def _document_scores(q_HTC: Tensor, k_HTC: Tensor, starts_T: Tensor, scale: float) -> Tensor:
-    row_T = torch.arange(q_HTC.shape[1], device=q_HTC.device)
-    seen_TT = (row_T[None, :] <= row_T[:, None]) & (row_T[None, :] >= starts_T[:, None])
-    return (q_HTC @ k_HTC.transpose(1, 2) * scale).masked_fill(~seen_TT, float("-inf"))

@@ -14,8 +14,6 @@ from typing import Any
 from torch import Tensor
 from triton.runtime import driver
 
-from laras.models.fused import variant
-
 _compiled: dict[tuple[Any, ...], Any] = {}
 
 
@@ -37,9 +35,6 @@ def launch(
         constants: Values of its `constexpr` parameters.
         options: Of the compilation, such as `num_warps`; the same names at every launch of a kernel.
     """
-    if not variant.CHOSEN.direct_launch:
-        kernel[grid](*tensors, *numbers, *constants, **options)
-        return
     places = [one.data_ptr() for one in tensors]
     # Triton specialises by types, by addresses that are multiples of 16, and by numbers that are, or are 1.
     aligned = tuple([place % 16 == 0 for place in places])
@@ -48,10 +43,10 @@ def launch(
     key = (id(kernel), device, numbers, constants, dtypes, aligned, *options.values())
     found = _compiled.get(key)
     if found is None:
-        # None where Triton interprets.
+        # None where Triton interprets, which therefore launches every time.
         _compiled[key] = kernel[grid](*tensors, *numbers, *constants, **options)
         return
-    # As `triton/runtime/jit.py` of Triton 3.6 ends, without hooks; torch's Inductor calls `run` so, too.
+    # As `triton/runtime/jit.py` of Triton 3.6 and 3.7 ends, without hooks; torch's Inductor calls `run` so, too.
     found.run(
         *grid, *(1,) * (3 - len(grid)), driver.active.get_current_stream(device), found.function,
         found.packed_metadata, None, None, None, *places, *numbers, *constants,

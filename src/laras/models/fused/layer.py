@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laras.models.fused.attention import Documents, attention, attention_backward, attention_backward_
+from laras.models.fused.attention import Documents, attention, attention_backward
 from laras.models.fused.kernels import (
     head_norm_,
     head_norm_backward_,
@@ -31,8 +31,6 @@ from laras.models.fused.kernels import (
     rope_,
     swiglu_,
     swiglu_backward_,
-    swiglu_backward_ranks_,
-    swiglu_ranks_,
 )
 from laras.models.fused.lora import AdapterSums, LoraGroup
 from laras.models.fused.offload import HostInputs
@@ -80,9 +78,6 @@ class FusedLayer:
         adapters = [parameter for group in self.groups for parameter in group.adapters]
         result: Tensor = _LayerFunction.apply(hidden_TD, self, documents, *adapters)  # type: ignore[no-untyped-call]
         return result
-
-
-_QueryKeyValue = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass
@@ -170,7 +165,7 @@ def _chunks(tokens: int, chunk: int) -> list[slice]:
     return [slice(start, min(start + chunk, tokens)) for start in range(0, tokens, chunk)]
 
 
-def _heads(layer: FusedLayer, qkv: Tensor) -> _QueryKeyValue:
+def _heads(layer: FusedLayer, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Views of q (T, H, C), k and v (T, G, C)."""
     split = [layer.heads * layer.channels, *[layer.key_value_heads * layer.channels] * 2]
     parts = torch.split(qkv[:, : sum(split)], split, dim=1)
@@ -253,12 +248,8 @@ def _feed(layer: FusedLayer, middle: Tensor, out: Tensor) -> tuple[Tensor, Tenso
         product = gate_up[:, layer.width : 2 * layer.width + layer.down.ranks]
     else:
         product = layer.down.new_input(middle)
-    a, out_TF, ranks_TR = layer.down.a, product[:, : layer.width], product[:, layer.width :]
-    if layer.variant.swiglu_ranks:
-        swiglu_ranks_(gate, up, a, out_TF, ranks_TR, layer.activation)
-    else:
-        swiglu_(gate, up, out_TF, layer.activation)
-        torch.mm(out_TF, a.t(), out=ranks_TR)
+    swiglu_(gate, up, product[:, : layer.width], layer.activation)
+    torch.mm(product[:, : layer.width], layer.down.a.t(), out=product[:, layer.width :])
     weight = layer.down.storage[: layer.down.outputs].t()
     if out is middle:
         out.addmm_(product, weight)
@@ -293,30 +284,14 @@ def _feed_backward(
         gate_up, ranks = _gate_up(layer, middle)
         ranks = ranks.clone()
     product, dyb = layer.down.backward(total[:, : hidden + layer.down.ranks])
-    down_ranks = _gated_backward(layer, gate_up, product, feed[2] if feed is not None else None)
+    gate, up = gate_up[:, : layer.width], gate_up[:, layer.width : 2 * layer.width]
+    swiglu_backward_(gate, up, product, layer.activation)
+    down_ranks = feed[2] if feed is not None else torch.mm(product, layer.down.a.t())
     layer.down.add_gradients(sums[3], product, down_ranks, total[:, :hidden], dyb)
     del product
-    gradient = layer.gate_up.input_gradient(gate_up, slice(0, hidden))
+    gradient, dyb = layer.gate_up.backward(gate_up)
     rms_norm_backward_(middle, layer.middle_norm, layer.eps, gradient, total[:, :hidden], gradient)
-    dy, dyb = gate_up[:, : layer.gate_up.outputs], gate_up[:, layer.gate_up.outputs :]
-    layer.gate_up.add_gradients(sums[2], gradient, ranks, dy, dyb)
-
-
-def _gated_backward(layer: FusedLayer, gate_up: Tensor, product: Tensor, down_ranks: Tensor | None) -> Tensor:
-    """Gate and up become their gradients, with `dy sB` behind them, and the product's gradient the product.
-
-    Returns:
-        down's x A^T: what was kept, else anew.
-    """
-    gate, up = gate_up[:, : layer.width], gate_up[:, layer.width : 2 * layer.width]
-    if not layer.variant.swiglu_ranks:
-        swiglu_backward_(gate, up, product, layer.activation)
-        layer.gate_up.rank_gradient(gate_up)
-        return torch.mm(product, layer.down.a.t()) if down_ranks is None else down_ranks
-    found = product.new_empty(product.shape[0], layer.down.ranks) if down_ranks is None else down_ranks
-    dyb, written = gate_up[:, layer.gate_up.outputs :], found if down_ranks is None else None
-    swiglu_backward_ranks_(gate, up, product, layer.down.a, layer.gate_up.scaled_b, dyb, written, layer.activation)
-    return found
+    layer.gate_up.add_gradients(sums[2], gradient, ranks, gate_up[:, : layer.gate_up.outputs], dyb)
 
 
 def _attend_backward(
@@ -335,37 +310,7 @@ def _attend_backward(
         if layer.query_norm is None:
             _turned(layer, *_heads(layer, qkv)[:2], documents)
     buffer = hidden.new_empty(hidden.shape[0], layer.qkv.outputs + layer.qkv.ranks)
-    heads_backward = _all_heads_backward if documents.bounds is not None else _heads_backward
-    heads_backward(layer, attended, o_gradient, _heads(layer, qkv), _heads(layer, buffer), documents)
-    layer.o.unload()
-    gradient, dyb = layer.qkv.backward(buffer)
-    layer.qkv.unload()
-    rms_norm_backward_(hidden, layer.input_norm, layer.eps, gradient, total[:, :width], gradient)
-    layer.qkv.add_gradients(sums[0], gradient, ranks, buffer[:, : layer.qkv.outputs], dyb)
-
-
-def _all_heads_backward(
-    layer: FusedLayer, attended: _Attended, o_gradient: Tensor, sources: _QueryKeyValue, targets: _QueryKeyValue,
-    documents: Documents,
-) -> None:  # fmt: skip
-    """Attention's gradients by kernels that need no room of their own, and write where the gradients belong."""
-    out, attended.out = attended.out, None
-    assert out is not None
-    raw_q, raw_k, v = sources
-    q, k = (raw_q, raw_k) if layer.query_norm is None else _turned(layer, raw_q, raw_k, documents)
-    shape = (-1, layer.heads, layer.channels)
-    gradient_THC = layer.o.input_gradient(o_gradient, slice(0, layer.o.inputs)).view(shape)
-    attention_backward_(gradient_THC, q, k, v, out.view(shape), attended.saved, documents, layer.scale, *targets)
-    dq, dk, _ = targets
-    _turned_back(layer, layer.query_norm, dq, raw_q, documents, dq)
-    _turned_back(layer, layer.key_norm, dk, raw_k, documents, dk)
-
-
-def _heads_backward(
-    layer: FusedLayer, attended: _Attended, o_gradient: Tensor, sources: _QueryKeyValue, targets: _QueryKeyValue,
-    documents: Documents,
-) -> None:  # fmt: skip
-    """Attention's gradients by FlashAttention or the masked reference, and copied to where they belong."""
+    sources, targets = _heads(layer, qkv), _heads(layer, buffer)
     for few, many, out_THC, gradient_THC in _parts(layer, attended, o_gradient):
         raw_q, raw_k, v = sources[0][:, many], sources[1][:, few], sources[2][:, few]
         q, k = (raw_q, raw_k) if layer.query_norm is None else _turned(layer, raw_q, raw_k, documents)
@@ -378,6 +323,11 @@ def _heads_backward(
         _turned_back(layer, layer.key_norm, dk, raw_k, documents, targets[1][:, few])
         targets[2][:, few].copy_(dv)
         del dq, dk, dv
+    layer.o.unload()
+    gradient, dyb = layer.qkv.backward(buffer)
+    layer.qkv.unload()
+    rms_norm_backward_(hidden, layer.input_norm, layer.eps, gradient, total[:, :width], gradient)
+    layer.qkv.add_gradients(sums[0], gradient, ranks, buffer[:, : layer.qkv.outputs], dyb)
 
 
 def _parts(layer: FusedLayer, attended: _Attended, o_gradient: Tensor) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:

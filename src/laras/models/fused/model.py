@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from laras.data.masks import IGNORE_INDEX
 from laras.models.fused import variant
-from laras.models.fused.attention import Documents, document_bounds, has_own_attention
+from laras.models.fused.attention import Documents
 from laras.models.fused.kernels import rms_norm_, rms_norm_backward_
 from laras.models.fused.layer import FusedLayer
 from laras.models.fused.lora import ADAPTER, LoraGroup
@@ -58,7 +58,7 @@ class FusedModel:
         ]
         self.keep(checkpoint_kind)
         self._norm = _norm_weight(self._decoder.norm, form), config.rms_norm_eps
-        self._spare, self._variant = self.layers[-1].spare, variant.CHOSEN  # kept apart, as planning wraps the layers
+        self._spare = self.layers[-1].spare  # kept apart, as planning wraps the layers
         self._lora_layers = [one for layer in self.layers for group in layer.groups for one in group.layers]
 
     @property
@@ -100,9 +100,7 @@ class FusedModel:
             positions = torch.arange(length, device=input_ids.device).repeat(rows)[None]
         hidden_TD = self._decoder.embed_tokens(input_ids.view(-1)).detach()
         cos, sin = self._decoder.rotary_emb(hidden_TD, positions)
-        is_own = self._variant.document_attention and has_own_attention(hidden_TD.device)
-        bounds = document_bounds(cu_seqlens, rows * length) if is_own else None
-        documents = Documents(cu_seqlens, longest, cos[0], sin[0], equal_rows, bounds)
+        documents = Documents(cu_seqlens, longest, cos[0], sin[0], equal_rows)
         if self._inputs is not None:
             self._inputs.begin(keeps=torch.is_grad_enabled())
         for layer in self.layers:
@@ -185,8 +183,6 @@ def kernel_sizes(model: Any, dtype: torch.dtype) -> KernelSizes:
         width=config.intermediate_size,
         heads=config.num_attention_heads,
         channels=attention.head_dim,
-        with_ranks=variant.CHOSEN.swiglu_ranks,
-        key_value_heads=config.num_key_value_heads if variant.CHOSEN.document_attention else None,
         rotated=2 * decoder.rotary_emb.inv_freq.shape[-1],
         activation=ACTIVATIONS[config.hidden_act],
         head_norm=form.head_norm,

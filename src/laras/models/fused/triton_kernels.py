@@ -13,8 +13,6 @@ from laras.models.fused.launching import launch
 # Of gelu's tanh form; see `laras.models.fused.kernels`.
 _GELU: tl.constexpr = tl.constexpr(1.5957691216057308)
 _CUBIC: tl.constexpr = tl.constexpr(0.044715)
-# Tokens of a block that goes through all columns, columns at a time, and warps.
-_RANKS_CUT, _BACKWARD_RANKS_CUT = (32, 128, 4), (32, 64, 8)
 
 
 @triton.jit
@@ -158,75 +156,6 @@ def _swiglu_backward(gate_ptr, up_ptr, g_ptr, stride, g_stride, F, GELU: tl.cons
 
 
 @triton.jit
-def _swiglu_ranks(
-    gate_ptr, up_ptr, a_ptr, out_ptr, ranks_ptr, stride, a_stride, out_stride, ranks_stride, T, F, R,
-    GELU: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
-):  # fmt: skip
-    kind = out_ptr.dtype.element_ty
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    place, rank = row.to(tl.int64)[:, None], tl.arange(0, RANKS)
-    ranks = tl.zeros((ROWS, RANKS), tl.float32)
-    for start in tl.range(0, F, BLOCK, num_stages=3):
-        column = start + tl.arange(0, BLOCK)
-        inside = (row < T)[:, None] & (column < F)[None, :]
-        gate = tl.load(gate_ptr + place * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + place * stride + column[None, :], mask=inside, other=0.0).to(tl.float32)
-        a = tl.load(
-            a_ptr + rank[None, :] * a_stride + column[:, None],
-            mask=(rank < R)[None, :] & (column < F)[:, None],
-            other=0.0,
-        )
-        out = (_activated(gate, GELU).to(kind).to(tl.float32) * up).to(kind)
-        tl.store(out_ptr + place * out_stride + column[None, :], out, mask=inside)
-        ranks = tl.dot(out, a, ranks)
-    tl.store(
-        ranks_ptr + place * ranks_stride + rank[None, :], ranks.to(kind), mask=(row < T)[:, None] & (rank < R)[None, :]
-    )
-
-
-@triton.jit
-def _swiglu_backward_ranks(
-    gate_ptr, up_ptr, g_ptr, a_ptr, sb_ptr, ranks_ptr, dyb_ptr,
-    stride, g_stride, a_stride, sb_stride, ranks_stride, dyb_stride, T, F, R, GATE_UP_R,
-    GELU: tl.constexpr, WRITES: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr,
-    GATE_UP_RANKS: tl.constexpr,
-):  # fmt: skip
-    kind = g_ptr.dtype.element_ty
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    place, rank, wide_rank = row.to(tl.int64)[:, None], tl.arange(0, RANKS), tl.arange(0, GATE_UP_RANKS)
-    ranks = tl.zeros((ROWS, RANKS), tl.float32)
-    dyb = tl.zeros((ROWS, GATE_UP_RANKS), tl.float32)
-    for start in tl.range(0, F, BLOCK, num_stages=3):
-        column = start + tl.arange(0, BLOCK)
-        inside = (row < T)[:, None] & (column < F)[None, :]
-        source = place * stride + column[None, :]
-        gate = tl.load(gate_ptr + source, mask=inside, other=0.0).to(tl.float32)
-        up = tl.load(up_ptr + source, mask=inside, other=0.0).to(tl.float32)
-        target = g_ptr + place * g_stride + column[None, :]
-        gradient = tl.load(target, mask=inside, other=0.0).to(tl.float32)
-        activated, slope = _activated_and_slope(gate, GELU)
-        to_gate, to_up = (gradient * up * slope).to(kind), (gradient * activated).to(kind)
-        product = (activated * up).to(kind)
-        tl.store(gate_ptr + source, to_gate, mask=inside)
-        tl.store(up_ptr + source, to_up, mask=inside)
-        tl.store(target, product, mask=inside)
-        part = column.to(tl.int64)[:, None] * sb_stride + wide_rank[None, :]
-        wanted = (column < F)[:, None] & (wide_rank < GATE_UP_R)[None, :]
-        dyb = tl.dot(to_gate, tl.load(sb_ptr + part, mask=wanted, other=0.0), dyb)
-        dyb = tl.dot(to_up, tl.load(sb_ptr + F * sb_stride + part, mask=wanted, other=0.0), dyb)
-        if WRITES:
-            wanted = (column < F)[:, None] & (rank < R)[None, :]
-            a = tl.load(a_ptr + rank[None, :] * a_stride + column[:, None], mask=wanted, other=0.0)
-            ranks = tl.dot(product, a, ranks)
-    inside = (row < T)[:, None]
-    tl.store(
-        dyb_ptr + place * dyb_stride + wide_rank[None, :], dyb.to(kind), mask=inside & (wide_rank < GATE_UP_R)[None, :]
-    )
-    if WRITES:
-        tl.store(ranks_ptr + place * ranks_stride + rank[None, :], ranks.to(kind), mask=inside & (rank < R)[None, :])
-
-
-@triton.jit
 def _cross_entropy(logits_ptr, target_ptr, nll_ptr, stride, V, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
@@ -324,44 +253,6 @@ def swiglu_backward_(gate_TF: Tensor, up_TF: Tensor, gradient_TF: Tensor, activa
     )  # fmt: skip
 
 
-def swiglu_ranks_(
-    gate_TF: Tensor, up_TF: Tensor, a_RF: Tensor, out_TF: Tensor, ranks_TR: Tensor, activation: str
-) -> None:
-    """As in `laras.models.fused.kernels`."""
-    tokens, width = gate_TF.shape
-    rows, columns, warps = _RANKS_CUT
-    launch(
-        _swiglu_ranks, (triton.cdiv(tokens, rows),), (gate_TF, up_TF, a_RF, out_TF, ranks_TR),
-        (gate_TF.stride(0), a_RF.stride(0), out_TF.stride(0), ranks_TR.stride(0), tokens, width, a_RF.shape[0]),
-        (activation == "gelu_tanh", rows, columns, triton.next_power_of_2(a_RF.shape[0])),
-        num_warps=warps, num_stages=3,
-    )  # fmt: skip
-
-
-def swiglu_backward_ranks_(
-    gate_TF: Tensor, up_TF: Tensor, gradient_TF: Tensor, a_RF: Tensor, sb_2FR: Tensor, dyb_TR: Tensor,
-    ranks_TR: Tensor | None, activation: str,
-) -> None:  # fmt: skip
-    """As in `laras.models.fused.kernels`."""
-    tokens, width = gate_TF.shape
-    ranks, wide_ranks = a_RF.shape[0], sb_2FR.shape[1]
-    out_TR = dyb_TR if ranks_TR is None else ranks_TR
-    rows, columns, warps = _BACKWARD_RANKS_CUT
-    launch(
-        _swiglu_backward_ranks, (triton.cdiv(tokens, rows),),
-        (gate_TF, up_TF, gradient_TF, a_RF, sb_2FR, out_TR, dyb_TR),
-        (
-            gate_TF.stride(0), gradient_TF.stride(0), a_RF.stride(0), sb_2FR.stride(0), out_TR.stride(0),
-            dyb_TR.stride(0), tokens, width, ranks, wide_ranks,
-        ),
-        (
-            activation == "gelu_tanh", ranks_TR is not None, rows, columns, triton.next_power_of_2(ranks),
-            triton.next_power_of_2(wide_ranks),
-        ),
-        num_warps=warps, num_stages=3,
-    )  # fmt: skip
-
-
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, nll_T: Tensor) -> None:
     """As in `laras.models.fused.kernels`."""
     launch(
@@ -374,7 +265,8 @@ def triton_works(device: torch.device) -> bool:
     """Whether a kernel compiles and runs here; it needs a C compiler at run time."""
     try:
         one = torch.ones(1, 16, device=device)
-        rms_norm_(one, one[0], 1e-6, torch.empty_like(one))
+        for _ in range(2):  # Triton's own launch, and a direct one
+            rms_norm_(one, one[0], 1e-6, torch.empty_like(one))
     except Exception:  # noqa: BLE001 - any failure of a compiler means the same: not here
         return False
     return True

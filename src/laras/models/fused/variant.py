@@ -26,10 +26,6 @@ class Variant:
         grouped_sums: The gradients of a group's adapters are summed as two tensors and scaled once, at the end.
         unpack_kernel: One launch unpacks the 4-bit weights of a group into place, where it gives the bits of
             bitsandbytes on those very weights; else bitsandbytes does.
-        document_attention: Attention by kernels of our own, which take blocks by tokens and all heads at once. Off: it
-            has not been timed yet.
-        swiglu_ranks: The kernels of the gated product form adapters' small products in the same pass. Off: likewise.
-        direct_launch: Kernels are launched without Triton's own dispatch. Off: it has not been timed yet.
     """
 
     whole_heads: bool = True
@@ -40,9 +36,6 @@ class Variant:
     product_in_up: bool = True
     grouped_sums: bool = True
     unpack_kernel: bool = True
-    document_attention: bool = False
-    swiglu_ranks: bool = False
-    direct_launch: bool = False
 
 
 CHOSEN = Variant()
