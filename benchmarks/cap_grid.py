@@ -178,7 +178,7 @@ def search(
     run: Run,
     done: dict[str, dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a subject that are not in `done` yet: every setting without a cap, then each cell under its cap."""
+    """Rows of a subject that are not in `done` yet: its plans under their caps, every setting without one, each cell."""
 
     def measured(setting: Setting, cap: float | None, role: str) -> Iterator[dict[str, Any]]:
         key = f"{subject.key}|{'free' if cap is None else cap}|{setting.key}"
@@ -190,13 +190,14 @@ def search(
         row = done.get(f"{subject.key}|{'free' if cap is None else cap}|{setting.key}", {})
         return row.get("step_s")
 
-    for setting in settings:
-        yield from measured(setting, None, "grid")
-    timed = sorted((step_s(one, None) or float("inf"), index, one) for index, one in enumerate(settings))
     for cap in caps:
         plan = plans.get(f"{subject.key}|{cap}")
         if plan is not None and plan["fits"]:
             yield from measured(Setting(**plan["setting"]), cap, "plan")
+    for setting in settings:
+        yield from measured(setting, None, "grid")
+    timed = sorted((step_s(one, None) or float("inf"), index, one) for index, one in enumerate(settings))
+    for cap in caps:
         for free_s, _, setting in timed:
             free = done[f"{subject.key}|free|{setting.key}"]
             if free_s == float("inf") or free["allocated_MiB"] * MIB > cap * GIB:

@@ -52,9 +52,9 @@ def test_the_best_under_a_cap_is_the_fastest_that_does_not_run_out(grid, world):
     }
     done = {}
     rows = list(grid.search(subject, settings, plans, (5, 36, 79), run, done))
-    assert [cap for _, cap in ran] == [None] * 4 + [36, 36] + [79]
-    assert ran[4][0] == settings[2]  # the plan first; it is the best as well, once 35 GiB have run out
-    assert ran[5][0] == settings[1]
+    assert [cap for _, cap in ran] == [36, 79] + [None] * 4 + [36]
+    assert [setting for setting, cap in ran[:2]] == [settings[2], settings[0]]  # plans first: do they hold?
+    assert ran[6][0] == settings[1]  # runs out, so that the plan is the best as well
     from cap_grid_report import table
 
     lines = table(plans, {row["key"]: row for row in rows})
