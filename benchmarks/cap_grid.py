@@ -178,7 +178,7 @@ def search(
     run: Run,
     done: dict[str, dict[str, Any]],
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a subject that are not in `done` yet: its plans under their caps, every setting without one, each cell."""
+    """Rows of a subject that are not in `done`: its plans under their caps, every setting without one, each cell."""
 
     def measured(setting: Setting, cap: float | None, role: str) -> Iterator[dict[str, Any]]:
         key = f"{subject.key}|{'free' if cap is None else cap}|{setting.key}"

@@ -67,6 +67,26 @@ def test_fused_layers_compute_with_the_weights_that_the_optimizer_left(base: Pat
     assert losses[2] < losses[1] < losses[0]
 
 
+def test_a_step_that_is_captured_takes_over_adapters_that_nobody_reported(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replay cannot ask whether they have changed."""
+    model = fused_model(base)
+    ids = tiny.rows(1, 1)[0]["input_ids"]
+    batch = PadCollator(0)([{"input_ids": torch.tensor(ids).numpy(), "labels": torch.tensor(ids).numpy()}])
+    with torch.no_grad():
+        before = summed_loss(model, batch)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data.normal_()  # as a graph or a foreign kernel would
+        assert summed_loss(model, batch) == before
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        captured = summed_loss(model, batch)
+        torch.testing.assert_close(captured, target_losses(model, batch).nll_N.sum())
+    assert captured != before
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "paged_adamw_8bit"])
 @pytest.mark.parametrize("packing", [False, True])
 def test_a_resume_with_fused_layers_ends_with_the_same_bytes(

@@ -75,7 +75,6 @@ class GraphedStep:
             self._capture(batch)
         if self._graph is None or any(self._inputs[key].shape != value.shape for key, value in batch.items()):
             return self._eager(batch, scale)
-        fused.refresh()
         for key, value in batch.items():
             self._inputs[key].copy_(value, non_blocking=True)
         self._scale.copy_(scale, non_blocking=True)
@@ -95,9 +94,6 @@ class GraphedStep:
         self._inputs = {key: value.clone() for key, value in batch.items()}
         self._gradients = [torch.zeros_like(parameter) for parameter in self._trained]
         self._own_gradients()
-        fused = path_of(self._model).fused
-        assert fused is not None
-        fused.refresh()
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         graph = torch.cuda.CUDAGraph()

@@ -158,12 +158,12 @@ def _watched(fused: Any, recorder: Recorder) -> Iterator[None]:
 
         return call
 
-    def refresh() -> None:
+    def refresh(*, always: bool = False) -> None:
         index = recorder.place[1]
         for number, layer in enumerate(original):
             for group in layer.groups:
                 recorder.begin("batch", index, number)
-                group.refresh()
+                group.refresh(always=always)
         recorder.begin("batch", index)
 
     fused.layers = [watched(number, layer) for number, layer in enumerate(original)]

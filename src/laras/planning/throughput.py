@@ -86,14 +86,14 @@ def recorded_step_s(
         token_share: Tokens of an average batch over those of the recorded one.
         accumulation: Micro-batches of an optimizer step.
         is_waited_for: The host waits for the step's end, as the trainer does, which looks at its loss.
-        replayed: Forward and backward are a CUDA graph, which the host issues at once.
+        replayed: Adapters' copies, forward and backward are a CUDA graph, which the host issues at once.
     """
     seconds = {
         kind: _seconds(kind, part, hardware, rates, span_tokens, token_share, target_share)
         for kind, part in work.items()
     }
     if replayed:
-        graph = {*_EACH, *(kind + _AGAIN for kind in _EACH)}
+        graph = {kind + again for kind in ("batch", *_EACH) for again in ("", _AGAIN)}
         seconds = {kind: (busy_s, 0.0 if kind in graph else host_s) for kind, (busy_s, host_s) in seconds.items()}
     if not is_waited_for:
         times = [seconds[kind] for kind in _order(work, accumulation)]

@@ -96,11 +96,11 @@ class LoraGroup:
     def _ranks(self) -> list[slice]:
         return [slice(a, b) for a, b in zip(self.rank_starts, self.rank_starts[1:], strict=False)]
 
-    def refresh(self) -> None:
+    def refresh(self, *, always: bool = False) -> None:
         """Copies the adapters beside the weights, in the arithmetic's type, when they have changed."""
         self.unload()  # what a step that broke off left behind
         versions = (_STEPS.count, *(parameter._version for parameter in self.adapters))
-        if versions == self._versions:
+        if versions == self._versions and not always:
             return
         self._versions = versions
         with torch.no_grad():

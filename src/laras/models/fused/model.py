@@ -80,16 +80,16 @@ class FusedModel:
             return "other adapters are active"
         return None
 
-    def refresh(self) -> None:
-        """Takes over changed adapters; called by `summed_loss`, and before a captured step is replayed."""
+    def refresh(self, *, always: bool = False) -> None:
+        """Takes over adapters, changed ones alone unless `always`."""
         for layer in self.layers:
             for group in layer.groups:
-                group.refresh()
+                group.refresh(always=always)
 
     def summed_loss(self, batch: Mapping[str, Tensor]) -> Tensor:
         """As `laras.models.step.summed_loss`; a padded row is a document, whose padding nothing attends to."""
-        if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-            self.refresh()
+        # A graph takes them over in every replay: issuing so many copies one by one takes longer than they do.
+        self.refresh(always=torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
         input_ids = batch["input_ids"]
         rows, length = input_ids.shape
         positions, cu_seqlens = batch.get("position_ids"), batch.get("cu_seqlens")
