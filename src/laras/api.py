@@ -107,7 +107,7 @@ def train(
         DataError: With every problem of the data at once; nothing is left behind.
         PlanError: The plan does not fit; nothing was started.
         RunStateError: The run cannot start from the weights of `from_run`; names every reason.
-        TrainingInterrupted: Stopped by a signal and saved.
+        TrainingInterrupted: Stopped by a signal and saved; or before there was a run, with nothing left of it.
         TrainingAborted: Numbers that do not train, or memory that no split cures.
     """
     given = Path(config).read_text(encoding="utf-8") if isinstance(config, str | Path) else None

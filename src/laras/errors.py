@@ -6,7 +6,7 @@
     ├── DataError                   3   the dataset cannot be used as it is
     │   └── BadRowsError                3   some of its rows cannot
     ├── PlanError                   4   no plan, or not the forced one, fits the device
-    ├── TrainingInterrupted         5   stopped by a signal; saved; `laras resume` goes on
+    ├── TrainingInterrupted         5   stopped by a signal; nothing is lost, the hint says how to go on
     ├── TrainingAborted             6   numbers that do not train, or memory that no split cures
     │   └── OutOfMemoryError        6   one example alone, or the model itself, does not fit
     └── RunStateError               7   the run is in use, or its state refuses the request
@@ -121,7 +121,7 @@ class PlanError(LarasError):
 
 
 class TrainingInterrupted(LarasError):
-    """Training was stopped by a signal after its state was saved."""
+    """Training was stopped by a signal: after its state was saved, or before there was any."""
 
     exit_code = ExitCode.INTERRUPTED
 

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,12 +33,12 @@ from laras.records import (
 from laras.rundir import GIVEN_CONFIG_NAME, RunDir, create_run_dir, hold, require_new
 from laras.stages import division, import_backend, load_tokenizer_of, make_plan, prepare, require_device, require_fit
 from laras.sweep_record import sweep_of
+from laras.training.signals import StopRequest, leave_on_signals, stop_on_signals
 
 if TYPE_CHECKING:
     import torch
 
     from laras.data.prepare import PreparedData
-    from laras.training.signals import StopRequest
     from laras.training.start import Start
 
 ANSWERS = 3
@@ -121,12 +122,16 @@ def train(
         DataError: With every problem of the data at once; nothing is left behind.
         PlanError: The plan does not fit; nothing was started.
         RunStateError: The run cannot start from the weights of `from_run`; names every reason.
-        TrainingInterrupted: Stopped by a signal and saved.
+        TrainingInterrupted: Stopped by a signal and saved; or before there was a run, with nothing left of it.
         TrainingAborted: Numbers that do not train, or memory that no split cures.
     """
     observer = observer if observer is not None and own_rank() == 0 else Observer()
-    import_failure = import_backend(config, observer)  # before anything that imports torch
+    asked = stop if stop is not None else StopRequest()
+    leaving = partial(leave_on_signals, asked, "there is no run yet: start it again as before")
+    with leaving():
+        import_failure = import_backend(config, observer)  # before anything that imports torch
 
+    @leaving()  # in here, so that rank 0 tells the others
     def start() -> RunDir:
         require_attention(config.attn_implementation)
         require_new(config)
@@ -141,10 +146,12 @@ def train(
             origin.require_fit(config, chosen, own)
         require_fit(chosen)
         require_device(chosen)
-        return _write_run(config, given, prepared, chosen, origin)
+        with stop_on_signals(asked):  # either there is a run, or its name was never there
+            return _write_run(config, given, prepared, chosen, origin)
 
-    run = RunDir(Path(from_rank_zero(lambda: str(start().path))))
-    return _run_training(run, observer, lambda: None, stop)
+    with leaving():
+        run = RunDir(Path(from_rank_zero(lambda: str(start().path))))
+    return _run_training(run, observer, lambda: None, asked)
 
 
 def resume(
@@ -159,16 +166,20 @@ def resume(
     Raises:
         RunStateError: This is no run, it is in use, has finished, or has drifted since the checkpoint.
         CheckpointError: There is no usable checkpoint of that step.
+        TrainingInterrupted: Stopped by a signal and saved.
+        TrainingAborted: Numbers that do not train, or memory that no split cures.
     """
     from laras.models.unsloth import import_for_run
 
     observer = observer if observer is not None and own_rank() == 0 else Observer()
+    asked = stop if stop is not None else StopRequest()
     run = RunDir(Path(run_dir))
     run.load_config()
-    import_for_run(run.path, TrainPlan.load(run.path).choices, observer)
-    from laras.training.resume import choose_checkpoint  # torch, which comes after
+    with leave_on_signals(asked, _resume_hint(run)):
+        import_for_run(run.path, TrainPlan.load(run.path).choices, observer)
+        from laras.training.resume import choose_checkpoint  # torch, which comes after
 
-    return _run_training(run, observer, lambda: choose_checkpoint(run.path, checkpoint, observer), stop)
+    return _run_training(run, observer, lambda: choose_checkpoint(run.path, checkpoint, observer), asked)
 
 
 def test(
@@ -312,7 +323,21 @@ def _save(record: Record, run: RunDir) -> None:
 
 
 def _run_training(
-    run: RunDir, observer: Observer, choose: Callable[[], Path | None], stop: StopRequest | None
+    run: RunDir, observer: Observer, choose: Callable[[], Path | None], stop: StopRequest
+) -> TrainOutcome:
+    with leave_on_signals(stop, _resume_hint(run)):
+        outcome = _load_and_train(run, observer, choose, stop)
+    if own_rank() == 0:
+        _write_report(run, observer)
+    return outcome
+
+
+def _resume_hint(run: RunDir) -> str:
+    return f"`laras resume {run.path}` goes on from there"
+
+
+def _load_and_train(
+    run: RunDir, observer: Observer, choose: Callable[[], Path | None], stop: StopRequest
 ) -> TrainOutcome:
     """Trains as the owner of the run; `choose` may set damaged checkpoints aside, so it is asked only then."""
     from laras.data.store import read_tokens
@@ -344,8 +369,6 @@ def _run_training(
             start=start_weights(run.path),
             stop=stop,
         )
-    if own_rank() == 0:
-        _write_report(run, observer)
     return TrainOutcome(run.path, chosen, result)
 
 

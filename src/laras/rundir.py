@@ -279,7 +279,7 @@ def run_status(run: RunDir) -> RunStatus:
     try:
         status = RunResult.load(run.path).status
     except RunStateError:
-        return "interrupted" if any(run.checkpoints.glob("step-*")) else "failed"
+        return "interrupted"
     return "interrupted" if status == "running" else status
 
 

@@ -1,6 +1,7 @@
-"""How a run is asked to stop, by a signal or by whoever started it: the step is finished and saved first.
+"""How a run is asked to stop, by a signal or by whoever started it.
 
-A second signal ends the process at once.
+While it trains, the step is finished and saved first; before that, what is being done is left at once. A second signal
+ends the process.
 """
 
 from __future__ import annotations
@@ -10,13 +11,19 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.machinery import ExtensionFileLoader
 from types import FrameType
 
+from laras.errors import TrainingInterrupted
 from laras.progress import Observer
 
 SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)  # not on Windows
 )  # fmt: skip
+# What `leave_on_signals` sends to its own process: one that does nothing where nobody handles it.
+_AGAIN: signal.Signals | None = getattr(signal, "SIGURG", None)
+_AGAIN_S = 0.05
+_Handler = Callable[[int, FrameType | None], None]
 
 
 class StopRequest:
@@ -52,15 +59,74 @@ def stop_on_signals(request: StopRequest | None = None) -> Iterator[StopRequest]
         request: One that others can ask through as well; None: a new one.
     """
     request = request if request is not None else StopRequest()
-    if threading.current_thread() is not threading.main_thread():
+    with _received_by(request.receive):
         yield request
-        return
-    earlier = {number: signal.signal(number, request.receive) for number in SIGNALS}
+
+
+class _Left(BaseException):
+    """A signal in `leave_on_signals`; no Exception, as libraries go on after many of those."""
+
+
+@contextmanager
+def leave_on_signals(request: StopRequest, hint: str) -> Iterator[None]:
+    """Where there is no step to finish: a signal is noted and ends the block at once, whatever it does.
+
+    What the block writes it must write whole or not at all. The load of a C extension is finished first: much of C++
+    bears no exception then, and aborts the process. A signal that came earlier and was only noted, or was lost in code
+    that lets no exception through (a destructor), ends the next block at its start.
+
+    Args:
+        request: Notes the signal.
+        hint: How the user goes on.
+
+    Raises:
+        TrainingInterrupted: A signal came.
+    """
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        request.receive(number)
+        leave(number, frame)
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        if _AGAIN is None or not _loads_extension(frame):
+            raise _Left
+        again = threading.Timer(_AGAIN_S, os.kill, (os.getpid(), _AGAIN))
+        again.daemon = True
+        again.start()
+
     try:
-        yield request
+        with _received_by(receive, leave):
+            if request.signal_name is not None:
+                raise _Left
+            yield
+    except _Left:
+        raise TrainingInterrupted(
+            f"stopped by {request.signal_name} outside of a step; nothing is left half-written", hint=hint
+        ) from None
+
+
+def _loads_extension(frame: FrameType | None) -> bool:
+    """Whether a C extension is being loaded somewhere up the stack."""
+    while frame is not None:
+        if frame.f_code.co_qualname.startswith(ExtensionFileLoader.__name__):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextmanager
+def _received_by(handler: _Handler, again: _Handler | signal.Handlers = signal.SIG_IGN) -> Iterator[None]:
+    """Handlers of `SIGNALS` and of the one that `leave_on_signals` sends, for the duration of the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handlers = dict.fromkeys(SIGNALS, handler) | ({_AGAIN: again} if _AGAIN is not None else {})
+    earlier = {number: signal.signal(number, own) for number, own in handlers.items()}
+    try:
+        yield
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        for number, before in earlier.items():
+            signal.signal(number, before)
 
 
 class EvaluationStopped(Exception):
