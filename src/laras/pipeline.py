@@ -31,7 +31,17 @@ from laras.records import (
     TrainPlan,
 )
 from laras.rundir import GIVEN_CONFIG_NAME, RunDir, create_run_dir, hold, require_new
-from laras.stages import division, import_backend, load_tokenizer_of, make_plan, prepare, require_device, require_fit
+from laras.stages import (
+    division,
+    import_backend,
+    load_tokenizer_of,
+    make_plan,
+    prepare,
+    require_device,
+    require_fit,
+    require_test_part,
+    require_test_rows,
+)
 from laras.sweep_record import sweep_of
 from laras.training.signals import StopRequest, leave_on_signals, stop_on_signals
 
@@ -105,6 +115,7 @@ def train(
     given: str | None = None,
     from_run: Path | str | None = None,
     checkpoint: int | None = None,
+    will_test: bool = False,
     stop: StopRequest | None = None,
 ) -> TrainOutcome:
     """Prepares, plans, trains and keeps the best; the test set stays sealed.
@@ -115,10 +126,12 @@ def train(
         given: The configuration file as the user wrote it, kept beside the resolved one.
         from_run: A run whose best model this one starts from, with a fresh optimizer and schedule.
         checkpoint: The step of that run to start from instead of the best one.
+        will_test: The test set is to be opened afterwards; refused at once where it would be empty.
         stop: Through which others than signals may ask the run to stop.
 
     Raises:
-        ConfigError: The model cannot be loaded, its attention is not installed, or the run directory not written.
+        ConfigError: The model cannot be loaded, its attention is not installed, the device is not here, no row would
+            be sealed for the test that is wanted, or the run directory not written.
         DataError: With every problem of the data at once; nothing is left behind.
         PlanError: The plan does not fit; nothing was started.
         RunStateError: The run cannot start from the weights of `from_run`; names every reason.
@@ -135,17 +148,21 @@ def train(
     def start() -> RunDir:
         require_attention(config.attn_implementation)
         require_new(config)
+        require_device(config)
+        if will_test:
+            require_test_part(config)
         origin = _find_start(from_run, checkpoint, observer)
         own = prepare(config, load_tokenizer_of(config, observer), observer)
         prepared = origin.chained(own) if origin else own
         observer.message(division(prepared.manifest))
+        if will_test:
+            require_test_rows(config, prepared.manifest)
         chosen = make_plan(config, prepared, observer, import_failure)
         if config.backend == "unsloth" != chosen.choices.backend:
             observer.warning(chosen.reasons["backend"])
         if origin:
             origin.require_fit(config, chosen, own)
         require_fit(chosen)
-        require_device(chosen)
         with stop_on_signals(asked):  # either there is a run, or its name was never there
             return _write_run(config, given, prepared, chosen, origin)
 
@@ -159,13 +176,15 @@ def resume(
     observer: Observer | None = None,
     *,
     checkpoint: int | None = None,
+    will_test: bool = False,
     stop: StopRequest | None = None,
 ) -> TrainOutcome:
-    """Goes on from the newest good checkpoint of a run, or from a named one; `stop` as in `train`.
+    """Goes on from the newest good checkpoint of a run, or from a named one; `will_test` and `stop` as in `train`.
 
     Raises:
         RunStateError: This is no run, it is in use, has finished, or has drifted since the checkpoint.
         CheckpointError: There is no usable checkpoint of that step.
+        SealedTestError: The test set is to be opened afterwards, and cannot be.
         TrainingInterrupted: Stopped by a signal and saved.
         TrainingAborted: Numbers that do not train, or memory that no split cures.
     """
@@ -175,6 +194,10 @@ def resume(
     asked = stop if stop is not None else StopRequest()
     run = RunDir(Path(run_dir))
     run.load_config()
+    if will_test:
+        from laras.data.sealed import require_scorable
+
+        require_scorable(run.path)
     with leave_on_signals(asked, _resume_hint(run)):
         import_for_run(run.path, TrainPlan.load(run.path).choices, observer)
         from laras.training.resume import choose_checkpoint  # torch, which comes after

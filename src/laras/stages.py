@@ -65,19 +65,53 @@ def prepare(config: RunConfig, tokenizer: PreTrainedTokenizerBase, observer: Obs
     return prepared
 
 
-def require_device(chosen: TrainPlan) -> None:
-    """Refuses to train what was planned for a card of the catalogue on a machine without any.
+def require_device(config: RunConfig) -> None:
+    """Refuses to train what would be planned for a card of the catalogue on a machine without any.
 
     Raises:
-        ConfigError: `gpu` names a card, and there is none.
+        ConfigError: `gpu` names a card, and there is none; or the catalogue has none of that name.
     """
     from laras.planning.hardware import load_hardware
 
-    if chosen.hardware.kind == "cuda" and load_hardware(None).kind != "cuda":
+    if config.gpu is None:
+        return
+    wanted = load_hardware(config.gpu)
+    if wanted.kind == "cuda" and load_hardware(None).kind != "cuda":
         raise ConfigError(
-            f"the plan is for {chosen.hardware.gpu_name}, as `gpu` says, and this machine has no GPU",
+            f"the plan would be for {wanted.gpu_name}, as `gpu` says, and this machine has no GPU",
             hint="leave `gpu` to `laras plan`; training is then planned for what is here",
         )
+
+
+def require_test_part(config: RunConfig) -> None:
+    """Refuses to promise a score where the configuration leaves nothing to be sealed for it; reads no row.
+
+    Raises:
+        ConfigError: `split.test` is 0, and no source is given for the test.
+        DataError: The sources cannot be found.
+    """
+    from laras.data.sources import find_sources
+
+    if config.split.test == 0 and not any(source.part == "test" for source in find_sources(config.dataset)):
+        raise _no_test_rows(config)
+
+
+def require_test_rows(config: RunConfig, manifest: SplitManifest) -> None:
+    """Refuses to promise a score that no row was sealed for, as where all those of a test file are bad.
+
+    Raises:
+        ConfigError: The test set is empty.
+    """
+    if manifest.test.rows == 0:
+        raise _no_test_rows(config)
+
+
+def _no_test_rows(config: RunConfig) -> ConfigError:
+    return ConfigError(
+        f"--test scores the sealed test set, and it would hold 0 rows: split.test is {config.split.test}; at least 1 "
+        "row is needed",
+        hint="set split.test, say to 0.1, name a file in `dataset: {test: …}`, or leave --test out",
+    )
 
 
 def division(manifest: SplitManifest) -> str:

@@ -175,7 +175,7 @@ def test_nothing_is_left_behind_when_a_row_is_bad_and_every_bad_row_is_named(wor
         pytest.param(
             ["train", "laras.yaml", "--gpu", "t4"],
             ExitCode.USAGE,
-            "the plan is for T4, as `gpu` says",
+            "the plan would be for T4, as `gpu` says",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="has the GPU that the plan asks for"),
         ),
     ],

@@ -60,7 +60,7 @@ def sweep_command(
     _refuse_searches_among(arguments or [])
     with open_view() as view:
         if folder is not None:
-            outcome = continue_sweep(folder, trials=trials, time_limit_s=limit_s, observer=view)
+            outcome = continue_sweep(folder, trials=trials, time_limit_s=limit_s, will_test=test, observer=view)
         else:
             config, given = read_config(arguments)
             outcome = run_sweep(
@@ -68,6 +68,7 @@ def sweep_command(
                 search or (),
                 trials=DEFAULT_TRIALS if trials is None else trials,
                 time_limit_s=limit_s,
+                will_test=test,
                 given=given,
                 observer=view,
             )

@@ -49,7 +49,7 @@ def train_command(
     config, given = read_config(arguments, from_run)
     lender = final_run(from_run) if from_run is not None else None
     with open_view() as view:
-        outcome = pipeline.train(config, view, given=given, from_run=lender, checkpoint=checkpoint)
+        outcome = pipeline.train(config, view, given=given, from_run=lender, checkpoint=checkpoint, will_test=test)
         if not goes_on_alone():
             return
         evaluation = pipeline.test(outcome.run_dir, view) if test else None
@@ -68,7 +68,7 @@ def resume_command(
     from laras import pipeline
 
     with open_view() as view:
-        outcome = pipeline.resume(run, view, checkpoint=checkpoint)
+        outcome = pipeline.resume(run, view, checkpoint=checkpoint, will_test=test)
         if not goes_on_alone():
             return
         evaluation = pipeline.test(outcome.run_dir, view) if test else None

@@ -137,8 +137,7 @@ def open_sealed(run_dir: Path, purpose: str, max_samples: int | None = None) -> 
 
 
 def require_openable(run_dir: Path) -> None:
-    """Refuses a run whose training has not ended, one without test rows, and every trial of a sweep but
-    its final one; opens nothing.
+    """Refuses a run whose training has not ended, and what `require_scorable` refuses; opens nothing.
 
     Raises:
         SealedTestError: The run is not finished, it has no test rows, or it is a trial that was not chosen.
@@ -153,6 +152,20 @@ def require_openable(run_dir: Path) -> None:
             f"the test set stays sealed: the run's status is {status!r}, not 'finished'",
             hint=f"finish it with `laras resume {run_dir}`",
         )
+    _require_rows(run_dir)
+
+
+def require_scorable(run_dir: Path) -> None:
+    """Refuses a run without test rows and every trial of a sweep but its final one, trained or not; opens nothing.
+
+    Raises:
+        SealedTestError: It has no test rows, or it is a trial that was not chosen.
+    """
+    _require_final(run_dir)
+    _require_rows(run_dir)
+
+
+def _require_rows(run_dir: Path) -> None:
     if SplitManifest.load(run_dir).test.rows == 0:
         raise SealedTestError(
             f"{run_dir} has no test set: its split gave the test 0 rows",

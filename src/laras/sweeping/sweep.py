@@ -19,7 +19,7 @@ from laras.progress import Observer
 from laras.record_base import digest_of, write_atomically
 from laras.records import PlanChoices, SplitManifest
 from laras.rundir import CONFIG_NAME, GIVEN_CONFIG_NAME, RunDir, hold, short_model_name
-from laras.stages import import_backend
+from laras.stages import import_backend, require_device, require_test_part, require_test_rows
 from laras.sweep_record import BASE_CONFIG_NAME, STUDY_NAME, SweepParameter, SweepRecord, is_sweep, trial_dir
 from laras.sweeping.outcome import SweepOutcome, best_of, trial_record, values_text, write_best_config
 from laras.sweeping.space import Search, as_configured, default_space, describe, parse_search
@@ -37,6 +37,7 @@ def run_sweep(
     *,
     trials: int = DEFAULT_TRIALS,
     time_limit_s: float | None = None,
+    will_test: bool = False,
     given: str | None = None,
     observer: Observer | None = None,
 ) -> SweepOutcome:
@@ -47,6 +48,7 @@ def run_sweep(
         search: What is searched (see `laras.sweeping.space`); nothing: learning rate and rank.
         trials: How many in all, those that are pruned or fail included.
         time_limit_s: No step is begun after so many seconds of this call; the trial that runs then is saved.
+        will_test: The test set is to be opened for the final model; refused at once where it would be empty.
         given: The configuration file as the user wrote it.
         observer: Is told what happens.
 
@@ -62,12 +64,17 @@ def run_sweep(
     deadline_s = time.monotonic() + time_limit_s if time_limit_s is not None else None
     asked = parse_search(search, config) if search else None
     import_backend(config, observer)  # before anything that imports torch
+    require_device(config)
+    if will_test:
+        require_test_part(config)
     inspection = pipeline.inspect(config, observer)
     if not inspection.manifest.validation.rows:
         raise ConfigError(
             "the validation set is empty, and a sweep compares its trials there",
             hint="set split.validation, say to 0.1",
         )
+    if will_test:
+        require_test_rows(config, inspection.manifest)
     choices = _plan_choices(config, observer)
     space = asked or default_space(config, choices)
     sweep_dir = _sweep_dir(config, space)
@@ -89,6 +96,7 @@ def continue_sweep(
     *,
     trials: int | None = None,
     time_limit_s: float | None = None,
+    will_test: bool = False,
     observer: Observer | None = None,
 ) -> SweepOutcome:
     """Goes on with the sweep in a folder, to as many trials as were wanted, or to `trials`. Raises as `run_sweep`."""
@@ -98,6 +106,8 @@ def continue_sweep(
     wanted = trials if trials is not None else record.wanted_trials
     _check_call(wanted, time_limit_s)
     deadline_s = time.monotonic() + time_limit_s if time_limit_s is not None else None
+    if will_test:
+        require_test_rows(config, SplitManifest.load(sweep_dir))
     import_backend(config, observer)
     manifest = pipeline.inspect(config, observer).manifest
     choices = _plan_choices(config, observer)
