@@ -8,10 +8,15 @@ from pathlib import Path
 import pytest
 
 from laras.errors import CheckpointError, TrainingAborted
+from laras.progress import Observer
 from laras.training.checkpoints import (
+    choose_checkpoint,
+    damaged_checkpoints,
     list_checkpoints,
     remove_old_checkpoints,
     save_checkpoint,
+    set_aside,
+    set_later_aside,
     unwritable,
 )
 from laras.whole_folder import require_whole
@@ -46,6 +51,11 @@ def test_what_a_copy_says_of_many_files_becomes_one_line() -> None:
     assert "laras resume" in str(error.hint)
 
 
+def test_a_folder_that_is_gone_does_not_hide_why_a_save_failed(tmp_path: Path) -> None:
+    error = unwritable("the checkpoint", tmp_path / "gone", OSError("disk full"))
+    assert error.message == "the checkpoint cannot be written: disk full"
+
+
 def test_saving_a_step_again_replaces_it(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, 1, write_two_files)
     again = save_checkpoint(tmp_path, 1, lambda folder: (folder / "only").write_text("new") and None)
@@ -71,3 +81,56 @@ def test_retention_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
         save_checkpoint(tmp_path, step, write_two_files)
     remove_old_checkpoints(tmp_path, keep=2, best_step=1)
     assert [step for step, _ in list_checkpoints(tmp_path)] == [1, 4, 5]
+    remove_old_checkpoints(tmp_path, keep=0, best_step=None)
+    assert [step for step, _ in list_checkpoints(tmp_path)] == [5]
+
+
+@pytest.mark.parametrize("name", [".step-1.removed", ".step-9.partial", ".step-9.old"])
+def test_what_a_crash_left_half_done_takes_no_room_for_ever(tmp_path: Path, name: str) -> None:
+    save_checkpoint(tmp_path, 1, write_two_files)
+    (tmp_path / name).mkdir()
+    write_two_files(tmp_path / name)
+    remove_old_checkpoints(tmp_path, keep=1, best_step=None)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_the_checkpoint_that_was_asked_for_is_taken_or_none(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_checkpoint(tmp_path, step, write_two_files)
+    assert choose_checkpoint(tmp_path, 2, Observer()) == tmp_path / "step-2"
+    assert choose_checkpoint(tmp_path, None, Observer()) == tmp_path / "step-3"
+    with pytest.raises(CheckpointError, match="no checkpoint of step 4") as caught:
+        choose_checkpoint(tmp_path, 4, Observer())
+    assert caught.value.hint == "it has: 1, 2, 3"
+    (tmp_path / "step-2" / "state").write_text("other")
+    with pytest.raises(CheckpointError, match="damaged"):
+        choose_checkpoint(tmp_path, 2, Observer())
+
+
+def test_without_checkpoints_the_one_asked_for_is_missed_in_words(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        choose_checkpoint(tmp_path, 4, Observer())
+    assert caught.value.hint == "it has: none"
+
+
+def test_a_step_that_is_damaged_again_and_again_keeps_every_reason(tmp_path: Path) -> None:
+    reasons = [["state is missing"], ["a is missing", "b is missing"], ["state differs"]]
+    for problems in reasons:
+        set_aside(save_checkpoint(tmp_path, 7, write_two_files), problems)
+    set_aside(save_checkpoint(tmp_path, 2, write_two_files), ["early"])
+    assert damaged_checkpoints(tmp_path) == [
+        (2, "step-2.damaged: early"),
+        (7, "step-7.damaged-2: a is missing; b is missing"),
+        (7, "step-7.damaged-3: state differs"),
+        (7, "step-7.damaged: state is missing"),
+    ]
+    assert list_checkpoints(tmp_path) == []
+
+
+def test_going_back_keeps_the_step_it_goes_back_to_and_no_later_one(tmp_path: Path) -> None:
+    for _ in range(2):  # the second time over what the first one left
+        for step in (4, 5, 6):
+            save_checkpoint(tmp_path, step, write_two_files)
+        assert set_later_aside(tmp_path, 5) == [tmp_path / "step-6.left"]
+        assert [step for step, _ in list_checkpoints(tmp_path)] == [4, 5]
+        assert (tmp_path / "step-6.left" / "state").is_file()

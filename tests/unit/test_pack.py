@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from laras.data.pack import PackCollator, pack_documents, pack_shape
+from laras.data.pack import PackCollator, PackShape, pack_documents, pack_shape
 
 
 def lengths(count, seed=0, cap=4096):
@@ -40,6 +40,31 @@ def test_documents_nearly_as_large_as_a_bin_fall_back_to_best_fit():
     assert len(pack_documents(documents, 100, seed=0)) == 11
 
 
+def test_documents_that_no_even_bins_hold_share_a_bin_where_they_can():
+    documents = [90, *[51] * 20, 10]
+    bins = pack_documents(documents, 100, seed=0)
+    assert len(bins) == 21
+    assert [0, 21] in bins
+    assert len(pack_documents([5, 5, 4, 3, 3], 10, seed=0)) == 2  # evenly it would be three
+
+
+@pytest.mark.parametrize(
+    ("documents", "counts"),
+    [([5, 5, 3, 3, 2, 2], [3, 3]), ([6, 6, 6, 6, 1, 1, 1, 1], [2, 2, 2, 2])],
+    ids=["full to the last token", "one bin more than the tokens need"],
+)
+def test_bins_are_even_as_long_as_no_bin_is_lost_by_it(documents, counts):
+    assert [len(one) for one in pack_documents(documents, 10, seed=0)] == counts
+
+
+def test_the_seed_decides_which_documents_share_a_bin_and_which_bin_comes_first():
+    alike = [{frozenset(one) for one in pack_documents([4] * 64, 8, seed)} for seed in (1, 2)]
+    assert alike[0] != alike[1]
+    alone = list(range(51, 101))
+    lengths_in_order = [alone[one[0]] for one in pack_documents(alone, 100, seed=1)]
+    assert lengths_in_order != sorted(alone, reverse=True)
+
+
 def test_packing_depends_on_the_seed_alone():
     documents = lengths(200)
     assert pack_documents(documents, 8192, 3) == pack_documents(documents, 8192, 3)
@@ -49,17 +74,28 @@ def test_packing_depends_on_the_seed_alone():
 def test_a_document_that_no_bin_holds_is_named():
     with pytest.raises(ValueError, match="document 1 has 9 tokens; a bin holds 1 to 8"):
         pack_documents([8, 9], 8, 0)
+    with pytest.raises(ValueError, match="document 0 has 0 tokens"):
+        pack_documents([0], 8, 0)
     assert pack_documents([], 8, 0) == []
+    assert pack_documents([1], 8, 0) == pack_documents([8], 8, 0) == [[0]]
 
 
 def test_positions_restart_and_the_filling_has_no_label():
     collate = PackCollator(budget_tokens=16, max_documents=6, max_length=4, max_targets=8, pad_token_id=9)
     batch = collate([row(3), row(4, 20)])
+    assert batch["input_ids"].shape == batch["labels"].shape == batch["position_ids"].shape == (1, 16)
     assert batch["input_ids"][0].tolist() == [1, 2, 3, 20, 21, 22, 23] + [9] * 9
     assert batch["labels"][0].tolist() == [-100, 2, 3, -100, 21, 22, 23] + [-100] * 9
     assert batch["position_ids"][0].tolist() == [0, 1, 2, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0]
     assert batch["cu_seqlens"].tolist() == [0, 3, 7, 11, 15, 16, 16]
     assert batch["target_positions"].tolist() == [0, 1, 3, 4, 5, 15, 15, 15]
+
+
+def test_a_shape_is_no_larger_than_its_bins_need():
+    # Two documents leave 256 slots, one more of the longest; 300 targets are rounded up to 3 times 128.
+    assert pack_shape([[0, 1]], [300, 212], [200, 100], 768, 256) == PackShape(768, 3, 384)
+    assert pack_shape([[0]], [100], [90], 100, 100) == PackShape(100, 1, 100)
+    assert pack_shape([], [], [], 256, 256) == PackShape(256, 1, 128)
 
 
 def test_all_bins_of_a_run_have_one_shape():
@@ -79,6 +115,12 @@ def test_rows_beyond_the_shape_are_refused():
         PackCollator(8, 4)([row(1)] * 4)
     with pytest.raises(ValueError, match="7 target tokens do not fit a batch of at most 4"):
         PackCollator(8, 4, max_targets=4)([row(8)])
+
+
+def test_a_batch_may_be_full_of_documents_and_of_targets():
+    batch = PackCollator(8, 2, max_targets=6)([row(4), row(4)])
+    assert batch["target_positions"].tolist() == [0, 1, 2, 4, 5, 6]
+    assert batch["cu_seqlens"].tolist() == [0, 4, 8]
 
 
 def test_importing_the_packer_imports_no_torch():

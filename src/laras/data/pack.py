@@ -10,7 +10,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from heapq import heapify, heappop, heappush
+from heapq import heappop, heappush
 from itertools import pairwise
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -60,11 +60,9 @@ def pack_documents(lengths: Sequence[int], budget_tokens: int, seed: int) -> lis
     random.shuffle(order)
     order.sort(key=lambda index: -lengths[index])
     fewest = -(-sum(lengths) // budget_tokens)
-    bins = None
-    for count in range(fewest, max(fewest + 1, int(fewest * _BALANCED_SLACK)) + 1):
-        bins = _emptiest_first(order, lengths, budget_tokens, count)
-        if bins is not None:
-            break
+    counts = range(fewest, max(fewest + 1, int(fewest * _BALANCED_SLACK)) + 1)
+    balanced = (_emptiest_first(order, lengths, budget_tokens, count) for count in counts)
+    bins = next((found for found in balanced if found is not None), None)
     best_fit = _best_fit(order, lengths, budget_tokens)
     if bins is None or len(best_fit) < len(bins):
         bins = best_fit
@@ -74,8 +72,7 @@ def pack_documents(lengths: Sequence[int], budget_tokens: int, seed: int) -> lis
 
 def _emptiest_first(order: Sequence[int], lengths: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
     """`count` balanced bins, or None when a document fits into none of them."""
-    heap = [(0, number) for number in range(count)]
-    heapify(heap)
+    heap = [(0, number) for number in range(count)]  # used slots and number of each bin
     bins: list[list[int]] = [[] for _ in range(count)]
     for index in order:
         used, number = heappop(heap)
