@@ -144,6 +144,33 @@ def test_a_shallow_model_of_other_layers_does_not_stand_for_the_whole(simulate):
     assert simulate(values, 10, loss_kind="full", fused_layers=False, max_length=32).layers == 10
 
 
+def test_layers_that_loop_over_positions_are_simulated_in_short_rows(simulate, monkeypatch):
+    values = {"model_type": "mamba", **NARROW, "state_size": 16, "num_hidden_layers": 6}
+    planned = {"gradient_checkpointing": True, "fused_layers": False, "loss_kind": "full", "max_length": 192}
+    monkeypatch.setattr(recording, "_MOST_OF_A_LAYER", 800)
+    short = simulate(values, 6, **planned)
+    monkeypatch.setattr(simulation, "_in_short_rows", lambda *_: None)
+    whole = simulate(values, 6, **planned)
+    requests = [sum(len(part.events) for part in trace.segments) for trace in (short, whole)]
+    assert requests[0] < 0.4 * requests[1]
+    assert short.unroll(6).peaks() == pytest.approx(whole.unroll(6).peaks(), rel=0.02)
+    for kind, work in whole.work(6).items():
+        found = short.work(6)[kind]
+        assert (found.calls, found.graph_calls, found.engine_calls, found.kernels) == pytest.approx(
+            (work.calls, work.graph_calls, work.engine_calls, work.kernels), rel=0.03
+        )
+        assert found.moved_bytes == pytest.approx(work.moved_bytes, rel=0.06)
+
+
+def test_rows_are_not_cut_where_attention_sees_them(simulate, monkeypatch):
+    planned = {"fused_layers": False, "max_length": 96}
+    whole = simulate(shape("llama"), **planned)
+    monkeypatch.setattr(recording, "_MOST_OF_A_LAYER", 20)
+    assert simulate(shape("llama"), **planned) == whole
+    monkeypatch.setattr(recording, "_MOST_OF_A_LAYER", 200)
+    assert simulate(shape("llama"), **planned) == whole
+
+
 def test_memory_grows_with_batch_length_and_rank(simulate):
     base = peak(simulate(shape("llama")))
     for more in ({"per_device_train_batch_size": 5}, {"max_length": 640}, {"lora_r": 16}):

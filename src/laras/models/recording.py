@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from laras.errors import LarasError
 from laras.models import counting
 from laras.models.counting import count_operation
 from laras.planning.depth import Repeat
@@ -25,6 +26,11 @@ from laras.planning.work import WorkCounter
 _aten: Any = torch.ops.aten
 # A layer that loops over positions in Python would take minutes; hundreds of layers of experts stay below.
 _MOST_ALLOCATIONS = 300_000
+_MOST_OF_A_LAYER = 1_000  # requests and frees of its forward; layers without a loop have some 200
+
+
+class LongLayer(LarasError):
+    """A layer does so much that it may loop over positions in Python, as where a fused scan is not installed."""
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -32,10 +38,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     Args:
         layers: The decoder's layers, in order.
+        ends_early: Whether a layer that may loop over positions ends it, with `LongLayer`.
     """
 
-    def __init__(self, layers: Iterable[nn.Module]) -> None:
+    def __init__(self, layers: Iterable[nn.Module], *, ends_early: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._ends_early = ends_early
         self._segments: list[tuple[Key, list[int], WorkCounter]] = []
         self._live: dict[int, tuple[Any, int]] = {}
         self._allocations = 0
@@ -75,7 +83,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._allocations += 1
         if self._allocations > _MOST_ALLOCATIONS:
             raise RuntimeError(f"one step takes more than {_MOST_ALLOCATIONS:,} allocations")
-        self._segments[-1][1].append(nbytes)
+        (kind, _, layer), events, _ = self._segments[-1]
+        is_forward = self._kinds is not None and kind == self._kinds[0] and layer >= 0
+        if self._ends_early and is_forward and len(events) > _MOST_OF_A_LAYER:
+            raise LongLayer(f"layer {layer} may loop over positions")
+        events.append(nbytes)
         return self._allocations
 
     def give_back(self, allocation: int) -> None:

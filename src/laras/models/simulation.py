@@ -14,8 +14,9 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,14 @@ from laras.models.builtin import resolve_tokenizer
 from laras.models.emulation import autocast_like_cuda, counted_kernels, kernels_of, record_optimizer, record_states
 from laras.models.layer_kinds import DEPTH_NAMES, decoder_layers, kinds_of_layers
 from laras.models.quantized_meta import quantized_storages, quantizing_bytes
-from laras.models.recording import Recorder, register_varlen
+from laras.models.recording import LongLayer, Recorder, register_varlen
 from laras.planning.depth import Repeat, find_repeat
 from laras.planning.trace import StepTrace
 from laras.planning.workload import LargestBatch
 from laras.progress import Observer
 from laras.records import HardwareSpec, PlanChoices
+
+_SHORT_ROWS = range(64, 31, -2)  # tokens of rows that stand for longer ones of layers that loop over positions
 
 
 class NotSimulated(LarasError):
@@ -59,18 +62,27 @@ def trace_step(
         largest: What the data can make at most; None: rows of `max_length`, every token a target.
 
     Returns:
-        A trace that `unroll(layers)` accepts: recorded at a few layers where they repeat, else at all.
+        A trace that `unroll(layers)` accepts: recorded at a few layers where they repeat, else at all; and in short
+        rows where its layers loop over positions.
 
     Raises:
         NotSimulated: The model cannot be built or run on meta tensors.
     """
-    try:
-        repeat = _repeat(config, layers)
+    largest = largest or LargestBatch(choices.packed_tokens or choices.max_length, None, choices.max_length)
+
+    def record(choices: PlanChoices, largest: LargestBatch, *, ends_early: bool) -> StepTrace:
         if repeat is not None:
-            trace = _record(config, choices, layers, hardware, documents, largest, repeat)
+            trace = _record(config, choices, layers, hardware, documents, largest, repeat, ends_early=ends_early)
             if trace.why_not_repeated() is None:
                 return trace
-        return _record(config, choices, layers, hardware, documents, largest)
+        return _record(config, choices, layers, hardware, documents, largest, ends_early=ends_early)
+
+    try:
+        repeat = _repeat(config, layers)
+        try:
+            return record(choices, largest, ends_early=not choices.packing and not choices.fused_layers)
+        except LongLayer:
+            return _in_short_rows(record, choices, largest) or record(choices, largest, ends_early=False)
     except LarasError:
         raise
     except Exception as error:  # a model's own code can raise anything
@@ -86,12 +98,13 @@ def _record(
     layers: int,
     hardware: HardwareSpec,
     documents: int | None,
-    largest: LargestBatch | None,
+    largest: LargestBatch,
     repeat: Repeat | None = None,
+    *,
+    ends_early: bool,
 ) -> StepTrace:
     from laras.models.step import eager_step, path_of, target_losses
 
-    largest = largest or LargestBatch(choices.max_length, None, choices.max_length)
     kept = repeat.kept(layers) if repeat else range(layers)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a cast at every product
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
@@ -104,7 +117,7 @@ def _record(
             hint="the closed form is used instead",
         )
     owner = {id(part): number for number, block in enumerate(blocks) for part in block.modules()}
-    recorder = Recorder(blocks)
+    recorder = Recorder(blocks, ends_early=ends_early)
     _record_static(recorder, model, owner)
     trained = _trained(model, owner)
     fused = path_of(model).fused
@@ -141,6 +154,44 @@ def _record(
             recorder.begin("evaluation", 2)
             del losses
     return recorder.trace(paged, repeat)
+
+
+def _in_short_rows(record: Callable[..., StepTrace], choices: PlanChoices, largest: LargestBatch) -> StepTrace | None:
+    """The step of layers that loop over positions, from one of as many tokens in more and shorter rows.
+
+    It holds the same bytes but for the states of a few positions, which are more; calls and traffic are affine in the
+    length of a row, and are extrapolated from two lengths. None where the layers do more than loop: masks of attention
+    are not affine, chunks would be padded, and a loop over experts gets no shorter.
+    """
+    if min(largest.row_tokens, largest.eval_row_tokens) < 2 * _SHORT_ROWS[0]:
+        return None
+    tokens, eval_tokens = (
+        min(_SHORT_ROWS, key=lambda short: -row % short)  # which leaves the fewest tokens over
+        for row in (largest.row_tokens, largest.eval_row_tokens)
+    )
+    parts, eval_parts = -(-largest.row_tokens // tokens), -(-largest.eval_row_tokens // eval_tokens)
+
+    def in_rows_of(share: int) -> StepTrace:
+        rows = {
+            "per_device_train_batch_size": choices.per_device_train_batch_size * parts * share,
+            "per_device_eval_batch_size": choices.per_device_eval_batch_size * eval_parts * share,
+        }
+        shorter = replace(largest, row_tokens=tokens // share, eval_row_tokens=eval_tokens // share)
+        return record(choices.model_copy(update=rows), shorter, ends_early=True)
+
+    try:
+        fewer, more = in_rows_of(2), in_rows_of(1)
+    except LongLayer:
+        return None
+    if [part.key for part in fewer.segments] != [part.key for part in more.segments]:
+        return None
+    segments = []
+    for one, other in zip(fewer.segments, more.segments, strict=True):
+        if one.work.attention or one.work.product_operations != other.work.product_operations:
+            return None
+        halves = 2 * ((eval_parts if other.kind == "evaluation" else parts) - 1)
+        segments.append(replace(other, work=other.work.continued(one.work, halves)))
+    return replace(more, segments=tuple(segments))
 
 
 @contextmanager
@@ -287,7 +338,7 @@ def _training_batch(choices: PlanChoices, largest: LargestBatch, documents: int 
         batch = _rows(rows, largest.row_tokens)
         # Its collator names no targets: their number is in the data, which is not here.
         return batch if largest.target_tokens is None else {**batch, "target_positions": _ids(largest.target_tokens)}
-    tokens = rows * largest.row_tokens
+    tokens = largest.row_tokens
     offsets = torch.empty((documents or rows) + 1, dtype=torch.int32, device="meta")
     places = _ids(tokens if largest.target_tokens is None else largest.target_tokens)
     packed = {name: _ids(1, tokens) for name in ("input_ids", "labels", "position_ids")}

@@ -20,7 +20,7 @@ from laras.records import HardwareSpec, MemoryEstimate, ModelSpec, PlanChoices
 Simulate = Callable[[RunConfig, PlanChoices, int, HardwareSpec, int | None, LargestBatch | None], StepTrace]
 """As `laras.models.simulation.trace_step`; the pipeline hands it in."""
 
-_LAYOUT = 8  # raised whenever what a trace means changes
+_LAYOUT = 9  # raised whenever what a trace means changes
 _STEPS = 4  # that are replayed: what is reserved hardly grows any more
 _TRAINING = ("weights", "states", "batch", "forward", "loss", "backward", "end", "optimizer", "release")
 _MOMENTS = {"loss": "loss", "backward": "backward of a layer", "forward": "forward", "optimizer": "optimizer step"}
@@ -100,7 +100,6 @@ def summary_of(trace: StepTrace, layers: int) -> dict[str, int]:
     training = whole.in_training(_STEPS, rehearsed=True)
     result = replay(training.events, released_at=training.starts[0], first=len(training.until("evaluation")))
     steps = [part for kind, part in trace.work(layers).items() if kind != "evaluation"]
-    products = [product for part in steps for product in part.products]
     return {
         "allocated_bytes": result.allocated_at_first_bytes,
         "reserved_bytes": result.peak_reserved_bytes,
@@ -108,7 +107,7 @@ def summary_of(trace: StepTrace, layers: int) -> dict[str, int]:
         "paged_bytes": trace.paged_bytes(layers),
         "calls": sum(part.calls + part.graph_calls + part.engine_calls for part in steps),
         "moved_bytes": sum(part.moved_bytes for part in steps),
-        "product_operations": sum(2 * rows * inner * cols * count for (rows, inner, cols, _), count in products),
+        "product_operations": sum(part.product_operations for part in steps),
     }
 
 

@@ -64,6 +64,18 @@ class Work:
             copied_bytes=self.copied_bytes + times * other.copied_bytes,
         )
 
+    def continued(self, before: Work, times: int) -> Work:
+        """What calls, kernels and traffic come to `times` as far on as from `before` to here; products stay."""
+        numbers: list[Any] = [
+            now + times * (now - then) for now, then in zip(self._numbers, before._numbers, strict=True)
+        ]
+        return replace(Work(*numbers), attention=self.attention, products=self.products, copied_bytes=self.copied_bytes)
+
+    @property
+    def product_operations(self) -> int:
+        """Multiplications and additions of the matrix products."""
+        return sum(2 * rows * inner * columns * count for (rows, inner, columns, _), count in self.products)
+
 
 _NUMBERS = 6  # of the attributes, those that come first
 
