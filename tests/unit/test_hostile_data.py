@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import pickle
@@ -280,3 +281,49 @@ def test_an_impossible_path_is_refused(name: str, tmp_path: Path, monkeypatch: p
     with pytest.raises(DataError) as caught:
         rows(name)
     assert caught.value.hint
+
+
+def packed(ending: str, content: bytes) -> bytes:
+    if ending == ".gz":
+        return gzip.compress(content)
+    sink = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(sink, "zstd") as stream:
+        stream.write(content)
+    return bytes(sink.getvalue())
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.json"])
+def test_a_compressed_file_that_is_cut_or_of_another_kind_is_refused(tmp_path: Path, name: str, ending: str) -> None:
+    whole = packed(ending, os.urandom(9_000).hex().encode() * 10)
+    for content in (whole[: len(whole) // 2], whole[:6], GOOD, whole + b"behind its end"):
+        with pytest.raises(DataError, match=f"no {ending} file, or a damaged one, after [0-9,]+ bytes of text"):
+            rows(written(tmp_path / f"{name}{ending}", content))
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst"])
+def test_a_compressed_bomb_is_refused_in_bounded_memory(
+    tmp_path: Path, ending: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "_FREE_BYTES", 2**20)
+    line = b'{"text": "a"}' + b" " * 2**20 + b"\n"
+    path = written(tmp_path / f"a.jsonl{ending}", packed(ending, line * 64))
+    tracemalloc.start()
+    try:
+        with pytest.raises(DataError, match="expands too much: more than"):
+            list(read.file_rows(path))
+        assert tracemalloc.get_traced_memory()[1] < 16 * 2**20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_compressed_line_or_document_that_is_too_long_is_named_and_never_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(read, "MAX_LINE_BYTES", 2**16)
+    long = b'{"text": "' + b"a" * 2**17 + b'"}\n'
+    found = rows(written(tmp_path / "a.jsonl.gz", gzip.compress(GOOD + long + GOOD)))
+    assert [row.line for row in found if row.reason is None] == [1, 3] and "the limit is 65,536" in str(found[1].reason)
+    assert len(rows(written(tmp_path / "lines.json.gz", gzip.compress(GOOD * 9_000)))) == 9_000
+    with pytest.raises(DataError, match="one JSON document of more than 65,536 bytes"):
+        rows(written(tmp_path / "a.json.gz", gzip.compress(b"[" + b"{}," * 2**16 + b"{}]")))

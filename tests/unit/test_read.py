@@ -1,6 +1,8 @@
 """Every row that cannot be read has its file, its line and a reason; a file that cannot be read says why."""
 
 import csv
+import gzip
+import hashlib
 import json
 from pathlib import Path
 
@@ -387,3 +389,45 @@ def test_split_that_a_hub_dataset_lacks_is_named(hub):
         hub_rows(f"{hub}/odd")
     with pytest.raises(DataError, match="no split 'train'"):
         hub_rows(f"{hub}/odd", "train")
+
+
+def zstd(content):
+    packed = pa.BufferOutputStream()
+    with pa.CompressedOutputStream(packed, "zstd") as stream:
+        stream.write(content)
+    return packed.getvalue().to_pybytes()
+
+
+PACKED = {".gz": gzip.compress, ".zst": zstd}
+
+
+@pytest.mark.parametrize("ending", PACKED)
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", b'\xef\xbb\xbf{"text": "a"}\n\n{"text": \n{"text": "b"}\n'),
+        ("a.CSV", b'text,n\na,1\n"two\nlines",2\nb\n'),
+        ("a.json", b'[{"text": "a"}, {"text": "b"}]'),
+        ("a.json", b'{"text": "a"}\n{"text": "b"}\n'),
+    ],
+)
+def test_compressed_text_is_read_as_what_it_stands_for(tmp_path, name, content, ending):
+    (tmp_path / name).write_bytes(content)
+    plain = list(file_rows(tmp_path / name))
+    packed = tmp_path / "packed" / f"{name}{ending}"
+    packed.parent.mkdir()
+    packed.write_bytes(PACKED[ending](content))
+    (source,) = find_sources(str(packed.parent))
+    assert list(source.rows()) == plain
+    assert source.record.sha256 == hashlib.sha256(packed.read_bytes()).hexdigest()
+    packed.write_bytes(2 * PACKED[ending](b'{"text": "a"}\n'))  # two files, one behind the other
+    if name == "a.jsonl":
+        assert [row.line for row in file_rows(packed)] == [1, 2]
+
+
+@pytest.mark.parametrize("name", ["a.parquet.gz", "a.jsonl.xz", "a.gz"])
+def test_other_compressed_files_are_refused_by_name(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b"{}"))
+    with pytest.raises(DataError, match="unknown kind of file") as caught:
+        find_sources(str(tmp_path / name))
+    assert "unpacked" in caught.value.hint and ".gz or .zst" in caught.value.hint

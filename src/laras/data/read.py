@@ -2,16 +2,21 @@
 
 JSONL and CSV are read line by line here, since the readers of `datasets` and `pyarrow` stop at the first malformed
 line without naming it. A damaged line costs that row alone; a file that cannot be read at all is a `DataError`.
+Text may be compressed (`rows.jsonl.gz`): it is read as it is unpacked, under the same limits.
 """
 
 from __future__ import annotations
 
 import csv
+import gzip
+import io
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import orjson
 
@@ -20,6 +25,7 @@ from laras.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    from _typeshed import WriteableBuffer
 
 MAX_LINE_BYTES = 64 * 2**20  # a longer line is no example but a file without line ends
 _BATCH_ROWS = 1_000
@@ -28,6 +34,9 @@ _MOST_DECODED_BYTES = 4 * 2**30  # that decoding a batch may take
 _SLICE_BYTES = 16 * 2**20  # of a batch that become Python's objects at once
 _MOST_ROWS, _MOST_ROWS_PER_BYTE = 10_000_000, 100
 _FREE_BYTES, _MOST_EXPANSION = 2**30, 1_000
+_MOST_TEXT_EXPANSION = 200  # of gzip and zstd; text takes a third to a hundredth, zeros a thousandth
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+COMPRESSIONS = (".gz", ".zst")
 
 
 class SourceRow(NamedTuple):
@@ -51,11 +60,70 @@ def file_rows(path: Path) -> Iterator[SourceRow]:
         DataError: When the file as a whole cannot be read.
     """
     try:
-        yield from READERS[path.suffix.lower()](path)
+        reader = reader_of(path)
+        assert reader is not None  # `find_sources` has refused other kinds
+        yield from reader(path)
     except OSError as error:
         raise DataError(
             f"cannot read {path}: {error.strerror or error}", hint="check the file and its permissions"
         ) from None
+
+
+def reader_of(path: Path) -> Callable[[Path], Iterator[SourceRow]] | None:
+    """What reads files of this name, by its ending, or the one before that of a compression; None: nothing does."""
+    ending = path.suffix.lower()
+    if ending not in COMPRESSIONS:
+        return READERS.get(ending)
+    reader = READERS.get(Path(path.stem).suffix.lower())
+    return None if reader is _parquet_rows else reader  # which is read in no order, and compresses by itself
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file, unpacked on the way where its name says that it is compressed."""
+    with path.open("rb") as file:
+        if path.suffix.lower() not in COMPRESSIONS:
+            yield file
+            return
+        unpacked: Any
+        if path.suffix.lower() == ".gz":
+            unpacked = gzip.GzipFile(fileobj=file)
+        else:
+            import pyarrow as pa
+
+            unpacked = pa.CompressedInputStream(file, "zstd")
+        with io.BufferedReader(_Unpacked(path, unpacked)) as text:
+            yield text
+
+
+class _Unpacked(io.RawIOBase):
+    """What a compressed file stands for, as far as it can be read and is no bomb."""
+
+    def __init__(self, path: Path, stream: Any) -> None:
+        self._path, self._stream, self._size, self._done = path, stream, path.stat().st_size, 0
+
+    def readable(self) -> bool:
+        """See `io.RawIOBase`."""
+        return True
+
+    def readinto(self, buffer: WriteableBuffer) -> int:
+        """See `io.RawIOBase`.
+
+        Raises:
+            DataError: The file is damaged, of another kind, or stands for far more than it holds.
+        """
+        try:
+            count = int(self._stream.readinto(buffer))
+        except (OSError, EOFError, zlib.error, ValueError) as error:
+            raise DataError(
+                f"{self._path}: no {self._path.suffix} file, or a damaged one, after {self._done:,} bytes of text: "
+                f"{str(error).splitlines()[0]}",
+                hint="download or compress it anew; a file that is not compressed needs another name",
+            ) from None
+        self._done += count
+        if self._done > max(_FREE_BYTES, self._size * _MOST_TEXT_EXPANSION):
+            raise _bomb(self._path, f"more than {self._done:,} bytes of text in a file of {self._size:,}")
+        return count
 
 
 def _jsonl_rows(path: Path) -> Iterator[SourceRow]:
@@ -73,12 +141,13 @@ def _jsonl_rows(path: Path) -> Iterator[SourceRow]:
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes | str, bool]]:
     """Number, content (or what is wrong with it) and whether a line end follows, without ever holding a huge line."""
-    with path.open("rb") as file:
+    with _opened(path) as file:
         start = file.read(3)
-        if _is_utf16(start):
-            raise DataError(f"{path}:1: the file is UTF-16, not UTF-8", hint="save it as UTF-8")
-        if start != b"\xef\xbb\xbf":  # a byte order mark is skipped
-            file.seek(0)
+    if _is_utf16(start):
+        raise DataError(f"{path}:1: the file is UTF-16, not UTF-8", hint="save it as UTF-8")
+    with _opened(path) as file:
+        if start == _BYTE_ORDER_MARK:
+            file.read(len(start))
         number = 0
         while line := file.readline(MAX_LINE_BYTES + 1):
             number += 1
@@ -122,10 +191,17 @@ def _json_detail(error: ValueError) -> str:
 
 def _json_rows(path: Path) -> Iterator[SourceRow]:
     """A list of rows, an object with one list, or lines of objects under a name that ends in .json."""
-    content = path.read_bytes()
+    is_compressed = path.suffix.lower() in COMPRESSIONS
+    with _opened(path) as file:
+        content = file.read(MAX_LINE_BYTES + 1 if is_compressed else -1)
     if _is_utf16(content[:3]):
         raise DataError(f"{path}:1: the file is UTF-16, not UTF-8", hint="save it as UTF-8")
-    content = content.removeprefix(b"\xef\xbb\xbf")
+    content = content.removeprefix(_BYTE_ORDER_MARK)
+    if is_compressed and len(content) > MAX_LINE_BYTES and not _is_jsonl(content):
+        raise DataError(
+            f"{path}: one JSON document of more than {MAX_LINE_BYTES:,} bytes, the limit of a compressed one",
+            hint="unpack it, or write JSONL, which is read line by line",
+        )
     try:
         document = orjson.loads(content)
     except orjson.JSONDecodeError:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from laras.config import BUILTIN_DATASET, DatasetFiles
-from laras.data.read import READERS, SourceRow, file_rows
+from laras.data.read import COMPRESSIONS, READERS, SourceRow, file_rows, reader_of
 from laras.errors import DataError
 from laras.hub import is_out_of_reach
 from laras.records import SourceFile, SplitName
@@ -37,7 +37,7 @@ _PART_NAMES: dict[str, SplitName] = {
 }
 _NO_WORD = re.compile(r"[^a-z0-9]+")
 _HUB_NAME = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?(:[\w.-]+){0,2}")
-_KINDS = f"data files end in {', '.join(READERS)}"
+_KINDS = f"data files end in {', '.join(READERS)}; behind all but .parquet may stand {' or '.join(COMPRESSIONS)}"
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _sources_of(name: str, part: SplitName | None) -> list[Source]:
         raise DataError(f"dataset {name!r:.200}: {detail}", hint="write a file, a folder, a glob or a Hub id") from None
     if local is not None:
         return local
-    if _HUB_NAME.fullmatch(name) and path.suffix not in READERS:
+    if _HUB_NAME.fullmatch(name) and reader_of(path) is None:
         return _hub(name, part)
     raise DataError(f"no file or folder {name}", hint=_similar_path(path))
 
@@ -134,7 +134,7 @@ def _similar_path(path: Path) -> str:
 def _folder(path: Path, part: SplitName | None) -> list[Source]:
     entries = sorted(entry for entry in path.rglob("*") if entry.is_file())
     shown = [entry for entry in entries if not any(p[0] in "._" for p in entry.relative_to(path).parts)]
-    files = [entry for entry in shown if entry.suffix.lower() in READERS]
+    files = [entry for entry in shown if reader_of(entry)]
     if not files:
         names = ", ".join(entry.name for entry in shown[:5]) or "no file"
         raise DataError(f"the folder {path} has no data file; it holds {names}", hint=_KINDS)
@@ -172,7 +172,7 @@ def _part_of(file: Path) -> SplitName | None:
 def _files(paths: list[Path], part: SplitName | None) -> list[Source]:
     sources, problems = [], []
     for path in paths:
-        if path.suffix.lower() not in READERS:
+        if reader_of(path) is None:
             problems.append(f"{path}: unknown kind of file {path.suffix!r}")
             continue
         if not _is_text(str(path)):
@@ -192,7 +192,7 @@ def _files(paths: list[Path], part: SplitName | None) -> list[Source]:
         record = SourceFile(path=str(path), bytes=size, sha256=digest.hexdigest())
         sources.append(Source(record, part, partial(file_rows, path)))
     if len(problems) == 1 and len(paths) == 1:
-        advice = "put examples into it, one a row" if sources else "name a file of examples that is not compressed"
+        advice = "put examples into it, one a row" if sources else "name a file of examples, unpacked"
         raise DataError(problems[0], hint=f"{advice}; {_KINDS}")
     if problems:
         raise DataError(f"{len(problems)} data files cannot be used", problems=problems, hint=_KINDS)
