@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -98,6 +99,17 @@ def test_a_larger_split_keeps_its_rows_however_few_there_are(split, other, group
         after = {key for key, one in zip(group_keys, splits, strict=True) if one == split}
         assert before <= after
         before = after
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_train_is_given_the_row_that_a_larger_train_would_have(seed):
+    def trained(ratio):
+        splits = assign_splits(names(20), (ratio, (1 - ratio) / 2, (1 - ratio) / 2), seed)
+        return {number for number, split in enumerate(splits) if split == "train"}
+
+    sets = [trained(ratio) for ratio in (1e-6, 0.03, 0.06, 0.1, 0.2)]
+    assert len(sets[0]) == 1
+    assert all(smaller <= larger for smaller, larger in pairwise(sets))
 
 
 @given(st.lists(st.sampled_from("abc"), min_size=20, max_size=200), st.integers(0, 100))
