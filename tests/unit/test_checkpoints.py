@@ -118,6 +118,7 @@ def test_a_step_that_is_damaged_again_and_again_keeps_every_reason(tmp_path: Pat
     for problems in reasons:
         set_aside(save_checkpoint(tmp_path, 7, write_two_files), problems)
     set_aside(save_checkpoint(tmp_path, 2, write_two_files), ["early"])
+    (tmp_path / "step-3.damaged").mkdir()  # a crash before the reason was written
     assert damaged_checkpoints(tmp_path) == [
         (2, "step-2.damaged: early"),
         (7, "step-7.damaged-2: a is missing; b is missing"),
