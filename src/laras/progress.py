@@ -66,10 +66,13 @@ def training_words(plan: TrainPlan, first_step: int) -> tuple[str, str]:
     """What begins, in two lines."""
     choices = plan.choices
     micro, accumulation = choices.per_device_train_batch_size, choices.gradient_accumulation_steps
+    batch = f"{micro} x {accumulation} rows"
+    if choices.packed_tokens is not None:
+        batch = f"{choices.packed_tokens:,} x {accumulation} tokens"
     start = f" from step {first_step}" if first_step else ""
     return (
         f"training{start} on {plan.hardware.gpu_name} in {choices.precision}: {plan.total_steps} steps of "
-        f"{micro} x {accumulation} rows, about {duration(plan.time.total_s)}",
+        f"{batch}, about {duration(plan.time.total_s)}",
         f"  {choices.trainable_parameters:,} of {choices.total_parameters:,} parameters learn",
     )
 

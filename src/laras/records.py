@@ -215,6 +215,7 @@ class PlanChoices(Value):
     eval_steps: int
     save_steps: int
     logging_steps: int
+    bin_tokens: int | None = None  # of a packed batch; None: per_device_train_batch_size x max_length
     # How much of a fused layer is computed again in backward; read only with gradient_checkpointing, where `none`
     # stands for `full` (see `laras.models.fused.layer` for the bytes that each keeps). `offload` is `full` with what is
     # kept in main memory.
@@ -223,6 +224,13 @@ class PlanChoices(Value):
     fused_layers: bool = True  # where the architecture allows it; else transformers' own layers
     mlp_chunk_tokens: int = 4096  # tokens whose gate and up exist at once in a checkpointed fused layer
     loss_chunk_tokens: int = 1024  # target tokens whose logits exist at once
+
+    @property
+    def packed_tokens(self) -> int | None:
+        """Slots of a packed batch; None where rows are padded."""
+        if not self.packing:
+            return None
+        return self.bin_tokens or self.per_device_train_batch_size * self.max_length
 
 
 class Alternative(Value):
@@ -237,6 +245,7 @@ class Alternative(Value):
     tokens_per_s: float
     fits: bool
     checkpoint_kind: CheckpointKind = "none"  # as in PlanChoices
+    bin_tokens: int | None = None  # of a packed batch
 
 
 class TrainPlan(Record):

@@ -14,7 +14,7 @@ from laras.training.batches import TokenRows, TrainBatches
 
 def batches(rows: TokenRows, **changed: Any) -> TrainBatches:
     settings = {
-        "micro_rows": 4, "micro_batches": 2, "max_length": 16, "packing": False, "seed": 1, "pad_token_id": 0,
+        "micro_rows": 4, "micro_batches": 2, "max_length": 16, "bin_tokens": None, "seed": 1, "pad_token_id": 0,
     } | changed  # fmt: skip
     return TrainBatches(rows, **settings)
 
@@ -28,13 +28,13 @@ def epoch_of(made: TrainBatches, epoch: int) -> list[list[int]]:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_every_row_comes_once_an_epoch_in_another_order(packing: bool) -> None:
-    made = batches(ROWS, packing=packing)
+    made = batches(ROWS, bin_tokens=64 if packing else None)
     first, second = epoch_of(made, 0), epoch_of(made, 1)
     for epoch in (first, second):
         assert sorted(row for step in epoch for row in step) == list(range(50))
     assert first != second
-    assert epoch_of(batches(ROWS, packing=packing), 0) == first
-    assert epoch_of(batches(ROWS, packing=packing, seed=2), 0) != first
+    assert epoch_of(batches(ROWS, bin_tokens=64 if packing else None), 0) == first
+    assert epoch_of(batches(ROWS, bin_tokens=64 if packing else None, seed=2), 0) != first
 
 
 def test_a_step_holds_the_same_rows_however_it_is_cut() -> None:
@@ -49,7 +49,7 @@ def test_rows_of_like_length_share_a_micro_batch() -> None:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_cutting_loses_no_row_and_collating_no_token(packing: bool) -> None:
-    made = batches(ROWS, packing=packing)
+    made = batches(ROWS, bin_tokens=64 if packing else None)
     for micro in made.step(0, 0).micro_batches:
         for level in range(8):
             pieces = made.cut(micro, level)

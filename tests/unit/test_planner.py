@@ -8,6 +8,7 @@ from datasets import Dataset
 
 from laras.config import RunConfig
 from laras.data.analyze import length_stats
+from laras.data.pack import pack_documents
 from laras.errors import ConfigError
 from laras.planning.architecture import model_spec_from_config
 from laras.planning.candidates import candidates, device_budget_bytes
@@ -18,6 +19,7 @@ from laras.planning.planner import _eval_steps, _time, plan_training
 from laras.planning.trace import Segment, StepTrace
 from laras.planning.work import Work
 from laras.planning.workload import LargestBatch, Workload, workload
+from laras.records import DatasetProfile
 from laras.training.batches import TokenRows, TrainBatches
 
 
@@ -182,6 +184,56 @@ def test_packing_keeps_the_tokens_of_an_optimizer_step():
     assert plan("t4").reasons["packing"].startswith("off: ")
 
 
+def lognormal(count=4000, median=350.0, spread=0.9, longest=4096):
+    rng = np.random.default_rng(5)
+    lengths = np.clip(rng.lognormal(np.log(median), spread, count).astype(int), 8, longest)
+    lengths[0] = longest
+    return lengths
+
+
+def planned_on(lengths, gpu="h100", **keys):
+    stats = length_stats(lengths, np.maximum(1, lengths // 2))
+    profile = DatasetProfile.model_construct(tokens=stats)
+    spec, hardware = spec_of(1024, 8), find_gpu(gpu).to_hardware()
+    config = RunConfig(max_length=4096, **keys)
+    return plan_training(config, profile, None, spec, hardware).choices, workload(config, profile, None, spec)
+
+
+@pytest.mark.parametrize("effective", [4, 16, 64, 500])
+@pytest.mark.parametrize("spread", [0.2, 0.9])
+def test_bins_hold_what_an_optimizer_step_asks_for_and_the_longest_example_in_any_case(effective, spread):
+    """One example of 4,096 tokens among many of 350 does not end packing, nor change how much a step learns from."""
+    lengths = lognormal(spread=spread)
+    choices, work = planned_on(lengths, effective_batch_size=effective)
+    if effective * lengths.mean() < 0.85 * 4096:
+        assert not choices.packing
+        return
+    assert choices.packing and choices.packed_tokens >= 4096
+    bins = pack_documents(lengths.tolist(), choices.packed_tokens, seed=1)
+    examples_a_step = len(lengths) / len(bins) * choices.gradient_accumulation_steps
+    assert examples_a_step == pytest.approx(effective, rel=0.15 if effective * lengths.mean() < 4096 else 0.06)
+    assert work.bin_fill(choices.packed_tokens) == pytest.approx(
+        lengths.sum() / (len(bins) * choices.packed_tokens), abs=0.03
+    )
+
+
+def test_a_bin_that_a_long_example_does_not_share_is_known_to_be_half_empty():
+    lengths = np.concatenate([np.full(1000, 3000), [4096]])
+    choices, work = planned_on(lengths, effective_batch_size=32)
+    assert work.bin_fill(4096) == pytest.approx(3000 / 4096, abs=0.02)
+    bins = pack_documents(lengths.tolist(), choices.packed_tokens, seed=1)
+    assert len(lengths) / len(bins) * choices.gradient_accumulation_steps == pytest.approx(32, rel=0.06)
+
+
+def test_rows_that_are_given_make_the_bin_and_so_does_accumulation():
+    choices, _ = planned_on(lognormal(), effective_batch_size=64, per_device_train_batch_size=2)
+    assert (choices.per_device_train_batch_size, choices.packed_tokens) == (2, 8192)
+    choices, work = planned_on(lognormal(), effective_batch_size=64, gradient_accumulation_steps=2)
+    assert choices.gradient_accumulation_steps == 2
+    found = 2 * choices.packed_tokens * work.bin_fill(choices.packed_tokens)
+    assert found == pytest.approx(work.step_tokens, rel=0.05)
+
+
 def test_full_fine_tuning_pages_its_states_only_when_exact_ones_do_not_fit():
     small, large = spec_of(1024, 8), spec_of(5120, 40)
     assert plan("h100", spec=small, finetuning_type="full").choices.optim == "adamw_torch_fused"
@@ -300,12 +352,13 @@ def test_the_largest_batch_is_what_the_collators_make_of_the_data_at_most(packin
     targets = np.maximum(1, (lengths * rng.uniform(0.1, 0.7, size=40)).astype(int))
     stats = length_stats(lengths, targets)
     work = Workload(256, stats.mean, stats.mean, 40, 16 * stats.mean, 0, 0.4, stats, longest_validation_tokens=171)
-    largest = work.largest_batch(4, packing=packing)
+    bin_tokens = 4 * 256 if packing else None
+    largest = work.largest_batch(4, bin_tokens)
     assert largest.eval_row_tokens == 176
     labels = [np.where(np.arange(n) < n - t, -100, 1) for n, t in zip(lengths, targets, strict=True)]
     rows = Dataset.from_list([{"input_ids": np.ones(len(one), int).tolist(), "labels": one.tolist()} for one in labels])
     batches = TrainBatches(
-        TokenRows(rows), micro_rows=4, micro_batches=2, max_length=256, packing=packing, seed=1, pad_token_id=0
+        TokenRows(rows), micro_rows=4, micro_batches=2, max_length=256, bin_tokens=bin_tokens, seed=1, pad_token_id=0
     )
     made = [
         batches.collate(micro)
@@ -313,12 +366,13 @@ def test_the_largest_batch_is_what_the_collators_make_of_the_data_at_most(packin
         for step in range(len(batches))
         for micro in batches.step(epoch, step).micro_batches
     ]
-    assert max(one["input_ids"].numel() for one in made) <= 4 * largest.row_tokens
+    slots = bin_tokens or 4 * largest.row_tokens
+    assert max(one["input_ids"].numel() for one in made) <= slots
     counts = [one["target_positions"].numel() if packing else int((one["labels"] != -100).sum()) for one in made]
-    assert max(counts) <= largest.target_tokens < 4 * largest.row_tokens
-    assert batches.collate(batches.longest())["input_ids"].numel() == 4 * largest.row_tokens
+    assert max(counts) <= largest.target_tokens < slots
+    assert batches.collate(batches.longest())["input_ids"].numel() == slots
 
 
 def test_without_data_every_token_of_the_longest_row_is_a_target():
     work = Workload(256, 256, 256, 0, 16 * 256, 0, 1.0, None)
-    assert work.largest_batch(2, packing=False) == LargestBatch(256, None, 256)
+    assert work.largest_batch(2) == LargestBatch(256, None, 256)

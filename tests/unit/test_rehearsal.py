@@ -36,8 +36,8 @@ def test_a_batch_that_does_not_fit_is_found_before_the_first_step(tmp_path: Path
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_longest_micro_batch_is_no_smaller_than_any_other(packing: bool) -> None:
     batches = TrainBatches(
-        TokenRows(tiny.rows(50, 3)), micro_rows=3, micro_batches=2, max_length=11, packing=packing, seed=1,
-        pad_token_id=0,
+        TokenRows(tiny.rows(50, 3)), micro_rows=3, micro_batches=2, max_length=11,
+        bin_tokens=33 if packing else None, seed=1, pad_token_id=0,
     )  # fmt: skip
     slots, targets = zip(
         *(

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 _BAR_CHARS = 40
 _NO_COMPILER = "TORCHDYNAMO_DISABLE"  # read by torch.compile
 _SHOWN = (
-    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "packing", "cuda_graph",
-    "max_length", "load_in_4bit", "precision", "optim", "loss_kind", "attention", "backend", "lora_r", "lora_alpha",
+    "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "packing", "bin_tokens",
+    "cuda_graph", "max_length", "load_in_4bit", "precision", "optim", "loss_kind", "attention", "backend", "lora_r", "lora_alpha",
     "use_rslora", "target_modules", "learning_rate", "eval_steps",
 )  # fmt: skip
 
@@ -123,6 +123,8 @@ def _choices_table(plan: TrainPlan) -> Table:
     values = plan.choices.model_dump(mode="json")
     for name in _SHOWN:
         value, reason = values[name], plan.reasons.get(name, "")
+        if value is None:
+            continue
         if isinstance(value, list):
             reason = f"{reason}: {', '.join(value)}"
             value = len(value)
@@ -143,7 +145,7 @@ def _alternatives_table(plan: TrainPlan) -> Table:
     for other in plan.alternatives[:2]:
         kind = other.checkpoint_kind if other.gradient_checkpointing else "off"
         table.add_row(
-            str(other.per_device_train_batch_size),
+            f"{other.bin_tokens:,} tokens" if other.bin_tokens else f"{other.per_device_train_batch_size} rows",
             "on" if kind == "none" else kind,
             *("on" if flag else "off" for flag in (other.packing, other.load_in_4bit)),
             size(other.train_peak_allocated_bytes),

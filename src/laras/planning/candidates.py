@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
+from math import ceil
 from typing import Any
 
 from laras.config import RunConfig
@@ -46,7 +47,7 @@ _VARLEN_CAPABILITY, _VARLEN_CHANNELS = (8, 0), 256
 HOST_SHARE = 0.5
 # What a GiB of it is worth, as a share of the speed: a larger micro-batch gains little, and other programs lose memory.
 _HOST_PRICE = 0.002
-_BIN_FILL = 0.98  # share of a packed bin's slots that hold tokens
+_MULTIPLES, _ROUNDED_TO = (128, 64, 16), 50  # of the tokens of a bin: the largest of which it has so many
 # Largest shares by which packing may change the tokens of an optimizer step: wanted, and at all.
 _EFFECTIVE_SLACKS = (0.05, 0.15)
 _EVAL_BATCHES = (16, 8, 4, 2, 1)
@@ -56,6 +57,21 @@ _RANKS = ((0.75e9, 8), (4e9, 16), (float("inf"), 32))
 # prediction (docs/concepts/memory.md) and for others: so much in any case, and a share of what others hold now.
 _GPU_SHARE, _SEVERAL_SHARE, _CPU_SHARE = 0.98, 0.95, 0.9
 _LEAST_FREE_BYTES, _OTHERS_GROW = 256 * 2**20, 0.25
+
+
+@dataclass(frozen=True)
+class Split:
+    """How an optimizer step is divided.
+
+    Attributes:
+        micro: Rows of a micro-batch.
+        accumulation: Micro-batches of the step.
+        bin_tokens: Slots of a packed micro-batch, whatever its rows; None where rows are padded.
+    """
+
+    micro: int
+    accumulation: int
+    bin_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -105,14 +121,14 @@ def candidates(
     budget = device_budget_bytes(config, hardware)
     found = []
     for packing in packing_options(config, spec, hardware, precision, work):
-        for micro, accumulation in _shared_out(_batches(config, work, packing)):
+        for split in _shared_out(_splits(config, work, packing)):
             for weights, optim, kind in product(
                 _weights(config, hardware, precision), _optims(config, hardware), _checkpoint_kinds(config, hardware)
             ):
-                case = _case(config, spec, hardware, precision, work, micro, accumulation, weights, optim, kind)
+                case = _case(config, spec, hardware, precision, work, split, weights, optim, kind)
                 if kind in ("selective", "offload") and not case.fused:
                     continue
-                one = _evaluated(config, spec, hardware, work, case, accumulation, packing, budget)
+                one = _evaluated(config, spec, hardware, work, case, split.accumulation, packing, budget)
                 if one.memory.host_bytes <= host_budget_bytes(hardware):
                     found.append(one)
     return sorted(found, key=Candidate.preference)
@@ -156,10 +172,10 @@ def packing_refusal(
         return refusal
     if config.attn_implementation not in ("auto", "varlen", "sdpa"):
         return f"attn_implementation {config.attn_implementation} is not known to keep documents apart"
-    if not any(True for _ in _packed_batches(config, work)):
+    if not any(True for _ in _packed_splits(config, work)):
         return (
-            f"one bin holds {work.length_tokens} tokens, more than the {work.step_tokens:.0f} of "
-            f"{config.effective_batch_size} average examples"
+            f"a bin has to hold {work.length_tokens} tokens, as the longest example does, and the "
+            f"{config.effective_batch_size} average ones of a step are {work.step_tokens:.0f}"
         )
     return None
 
@@ -214,8 +230,7 @@ def _case(
     hardware: HardwareSpec,
     precision: Precision,
     work: Workload,
-    micro: int,
-    accumulation: int,
+    split: Split,
     weights: Weights,
     optim: Optim,
     kind: CheckpointKind,
@@ -224,8 +239,9 @@ def _case(
     plain_head = spec.model_type in PLAIN_HEAD_TYPES
     loss: LossKind = "chunked" if plain_head and not full else "full"
     return MemoryCase(
-        micro_batch=micro,
+        micro_batch=split.micro,
         length_tokens=work.length_tokens,
+        bin_tokens=split.bin_tokens,
         eval_batch=1,
         checkpointing=kind != "none",
         full=full,
@@ -236,7 +252,7 @@ def _case(
         loss_kind=loss if config.loss_kind == "auto" else config.loss_kind,
         lora_r=rank_of(config, spec),
         target_modules=targets_of(config, spec),
-        keeps_gradients=accumulation > 1,
+        keeps_gradients=split.accumulation > 1,
         fused=fused_possible(config, spec, hardware, precision, work.length_tokens),
         checkpoint_kind=kind,
         loss_chunk_tokens=LOSS_CHUNK_TOKENS if plain_head else 0,
@@ -274,8 +290,8 @@ def _rate(
     spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, work: Workload, packing: bool, accumulation: int
 ) -> float:
     """Useful tokens a second."""
-    if packing:
-        useful = bin_fill(work) * case.micro_batch * case.length_tokens
+    if case.bin_tokens is not None:
+        useful = work.bin_fill(case.bin_tokens) * case.bin_tokens
         step_s = estimate_step_s(
             spec,
             case,
@@ -291,49 +307,76 @@ def _rate(
     return useful / step_s
 
 
-def _batches(config: RunConfig, work: Workload, packing: bool) -> Iterator[tuple[int, int]]:
-    """Micro-batch and accumulation of every split of the effective batch."""
-    effective = config.effective_batch_size
+def _splits(config: RunConfig, work: Workload, packing: bool) -> Iterator[Split]:
+    """Every split of the effective batch."""
+    effective, length = config.effective_batch_size, work.length_tokens
     if packing:
-        found = list(_packed_batches(config, work))
+        found = list(_packed_splits(config, work))
         # Forced, although no bin is as small as the effective batch: the nearest.
-        yield from found or [(_given(config.per_device_train_batch_size, [1])[0], 1)]
+        rows = _given(config.per_device_train_batch_size, [1])[0]
+        yield from found or [Split(rows, 1, rows * length)]
         return
     micro_given, accumulation_given = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if micro_given != "auto":
-        yield micro_given, effective // micro_given if accumulation_given == "auto" else accumulation_given
+        yield Split(micro_given, effective // micro_given if accumulation_given == "auto" else accumulation_given)
     elif accumulation_given != "auto":
-        yield max(1, effective // accumulation_given), accumulation_given
+        yield Split(max(1, effective // accumulation_given), accumulation_given)
     else:
-        most = max(1, _MOST_TOKENS // work.length_tokens)
+        most = max(1, _MOST_TOKENS // length)
         yield from (
-            (micro, effective // micro) for micro in range(1, min(effective, most) + 1) if effective % micro == 0
+            Split(micro, effective // micro) for micro in range(1, min(effective, most) + 1) if effective % micro == 0
         )
 
 
-def _shared_out(splits: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def _shared_out(splits: Iterable[Split]) -> list[Split]:
     """The splits that give every process as many micro-batches, if there are any: else one waits for the others."""
     found, processes = list(splits), int(os.environ.get("WORLD_SIZE", "1"))
-    return [one for one in found if one[1] % processes == 0] or found
+    return [one for one in found if one.accumulation % processes == 0] or found
 
 
-def _packed_batches(config: RunConfig, work: Workload) -> Iterator[tuple[int, int]]:
-    """Bins and accumulation that keep the tokens of an optimizer step, as nearly as there are any."""
-    bin_tokens = bin_fill(work) * work.length_tokens
-    most = max(1, int(min(_MOST_TOKENS, work.step_tokens * (1 + _EFFECTIVE_SLACKS[-1])) / bin_tokens))
-    found: list[tuple[float, int, int]] = []
-    for micro in _given(config.per_device_train_batch_size, _thinned(most)):
-        nearest = max(1, round(work.step_tokens / (micro * bin_tokens)))
-        accumulation = _given(config.gradient_accumulation_steps, [nearest])[0]
-        found.append((abs(accumulation * micro * bin_tokens / work.step_tokens - 1), micro, accumulation))
+def _packed_splits(config: RunConfig, work: Workload) -> Iterator[Split]:
+    """Bins that keep the tokens of an optimizer step, as nearly as there are any."""
+    found = []
+    for split, bin_tokens in _bins(config, work):
+        tokens = split.accumulation * work.bin_fill(bin_tokens) * bin_tokens
+        found.append((abs(tokens / work.step_tokens - 1), split))
     if "auto" not in (config.per_device_train_batch_size, config.gradient_accumulation_steps):
-        yield from ((micro, accumulation) for _, micro, accumulation in found)
+        yield from (split for _, split in found)
         return
     for slack in _EFFECTIVE_SLACKS:
-        near = [(micro, accumulation) for off, micro, accumulation in found if off <= slack]
+        near = [split for off, split in found if off <= slack]
         if near:
             yield from near
             return
+
+
+def _bins(config: RunConfig, work: Workload) -> Iterator[tuple[Split, int]]:
+    """Bins of a number of rows where one is given, or the lengths are not known; else of what makes a step whole."""
+    length, accumulation_given = work.length_tokens, config.gradient_accumulation_steps
+    if config.per_device_train_batch_size != "auto" or work.stats is None:
+        most = max(1, int(min(_MOST_TOKENS, work.step_tokens * (1 + _EFFECTIVE_SLACKS[-1])) / length))
+        for rows in _given(config.per_device_train_batch_size, _thinned(most)):
+            bin_tokens = rows * length
+            nearest = max(1, round(work.step_tokens / (work.bin_fill(bin_tokens) * bin_tokens)))
+            yield Split(rows, _given(accumulation_given, [nearest])[0], bin_tokens), bin_tokens
+        return
+    for accumulation in _given(accumulation_given, _thinned(max(1, ceil(work.step_tokens / length)))):
+        bin_tokens = _bin_of(work, work.step_tokens / accumulation)
+        yield Split(1, accumulation, bin_tokens), bin_tokens
+
+
+def _bin_of(work: Workload, tokens: float) -> int:
+    """The bin that holds so many on average, and the longest example in any case."""
+    size = _rounded(max(work.length_tokens, tokens))
+    for _ in range(2):  # how full it is depends on its size
+        size = _rounded(max(work.length_tokens, tokens / work.bin_fill(size)))
+    return min(size, max(_MOST_TOKENS, _rounded(work.length_tokens)))
+
+
+def _rounded(tokens: float) -> int:
+    """Up to what matrix products like, as far as that is a small share."""
+    multiple = next((one for one in _MULTIPLES if tokens >= _ROUNDED_TO * one), _MULTIPLES[-1])
+    return ceil(tokens / multiple) * multiple
 
 
 def _thinned(most: int) -> list[int]:
@@ -343,11 +386,6 @@ def _thinned(most: int) -> list[int]:
         sizes.append(size)
         size += max(1, size // 8)
     return sizes
-
-
-def bin_fill(work: Workload) -> float:
-    """Share of a packed bin's slots that hold tokens; examples that all fill their slots leave none."""
-    return _BIN_FILL if work.stats is not None else 1.0
 
 
 def _weights(config: RunConfig, hardware: HardwareSpec, precision: Precision) -> list[Weights]:

@@ -85,7 +85,7 @@ def fused_peak(
         element: Bytes of an element of the arithmetic.
     """
     s, form = _sizes(spec, case.lora_r), LAYER_FORMS[spec.model_type]
-    tokens = case.micro_batch * case.length_tokens
+    tokens = case.tokens
     kind = (case.checkpoint_kind if case.checkpoint_kind != "none" else "full") if case.checkpointing else "none"
     offloads, held = kind == "offload", spec.layers
     if offloads:  # on the device there is the input of a layer, and that of the one before, on its way

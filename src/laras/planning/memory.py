@@ -50,6 +50,7 @@ class MemoryCase:
     Attributes:
         micro_batch: Rows in a forward pass.
         length_tokens: Tokens in a row, padding included.
+        bin_tokens: Of a packed batch, whatever its rows; None where rows are padded.
         eval_batch: Rows in an evaluation batch.
         checkpointing: Layers recompute their activations in backward.
         full: All weights train instead of adapters.
@@ -71,6 +72,7 @@ class MemoryCase:
 
     micro_batch: int
     length_tokens: int
+    bin_tokens: int | None = None
     eval_batch: int = 1
     checkpointing: bool = True
     full: bool = False
@@ -88,6 +90,11 @@ class MemoryCase:
     loss_chunk_tokens: int = 0
     dora: bool = False
     dropout: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of a forward pass, padding included."""
+        return self.bin_tokens or self.micro_batch * self.length_tokens
 
 
 def linear_layers(spec: ModelSpec) -> tuple[tuple[str, int, int], ...]:
@@ -158,7 +165,7 @@ def estimate_memory(spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, b
     peak = sum(components.values())
     eval_peak = evaluation + workspace
     offloads = case.fused and case.checkpointing and case.checkpoint_kind == "offload"
-    tokens = case.micro_batch * case.length_tokens
+    tokens = case.tokens
     return MemoryEstimate(
         train_peak_allocated_bytes=peak,
         train_peak_reserved_bytes=int(peak * _ALLOCATOR_SLACK),
@@ -244,7 +251,7 @@ def _training_peak(spec: ModelSpec, case: MemoryCase) -> tuple[int, int, str]:
     """Activations kept, and what comes on top at the peak, with the name of its component."""
     if case.fused:
         return fused_peak(spec, case, adapted_layers(spec, case.target_modules), _ELEMENT_BYTES[case.precision])
-    tokens = case.micro_batch * case.length_tokens
+    tokens = case.tokens
     element, hidden = _ELEMENT_BYTES[case.precision], spec.hidden_size
     width = spec.intermediate_size * max(1, spec.experts_per_token)
     layer = layer_activation_bytes(spec, case) * tokens
@@ -271,7 +278,7 @@ def _training_peak(spec: ModelSpec, case: MemoryCase) -> tuple[int, int, str]:
 
 def _with_reference_loss(spec: ModelSpec, case: MemoryCase, top: int, moment: str) -> tuple[int, str]:
     """The top of the peak where the loss of a chunk goes through PyTorch: two more tensors of its logits' size."""
-    tokens = case.micro_batch * case.length_tokens
+    tokens = case.tokens
     element = _ELEMENT_BYTES[case.precision]
     chunk = min(tokens, case.loss_chunk_tokens or tokens)
     loss = element * (4 * spec.hidden_size * tokens + 3 * chunk * spec.vocab_size)

@@ -15,7 +15,6 @@ from laras.planning.backend import capability_of, choose_backend, layers_of
 from laras.planning.candidates import (
     PACKABLE_TYPES,
     Candidate,
-    bin_fill,
     candidates,
     fused_possible,
     host_budget_bytes,
@@ -138,8 +137,8 @@ def _steps(config: RunConfig, work: Workload, best: Candidate) -> int:
         return config.max_steps
     if not work.rows:
         return max(1, ceil(config.num_train_epochs))
-    if best.packing:
-        bins = ceil(work.rows * work.mean_tokens / (bin_fill(work) * best.case.micro_batch * work.length_tokens))
+    if (bin_tokens := best.case.bin_tokens) is not None:
+        bins = ceil(work.rows * work.mean_tokens / (work.bin_fill(bin_tokens) * bin_tokens))
         return max(1, ceil(ceil(bins / best.accumulation) * config.num_train_epochs))
     return max(1, ceil(ceil(work.rows / config.effective_batch_size) * config.num_train_epochs))
 
@@ -169,7 +168,8 @@ def _reasons(
     if best.fits and best.memory.host_bytes:
         verdict = "about the fastest that fits; a larger one takes more main memory"
     parameters = f"{short(spec.total_parameters)} parameters"
-    padding = 1 - work.mean_tokens / max(1, work.expected_longest(case.micro_batch))
+    rows = case.micro_batch if case.bin_tokens is None else max(1, round(case.bin_tokens / work.mean_tokens))
+    padding = 1 - work.mean_tokens / max(1, work.expected_longest(rows))
     refusal = packing_refusal(config, spec, hardware, precision, work)
     packing = f"off: {refusal}" if refusal else f"on: padding would be {padding:.0%} of the tokens"
     wide = [one for one in found if not one.quantised]
@@ -183,7 +183,10 @@ def _reasons(
         "max_length": f"the longest example in multiples of 128, at most {cap}"
         if work.stats
         else f"no data: every example is taken to have {work.length_tokens} tokens",
-        "per_device_train_batch_size": verdict if config.per_device_train_batch_size == "auto" else given,
+        "per_device_train_batch_size": (verdict if case.bin_tokens is None else "a row is a bin")
+        if config.per_device_train_batch_size == "auto"
+        else given,
+        "bin_tokens": _bin_reason(work, best, verdict),
         "gradient_accumulation_steps": f"keeps {config.effective_batch_size} examples an optimizer step"
         + (" on average" if best.packing else ""),
         "gradient_checkpointing": _checkpointing_reason(config, spec, hardware, found, best),
@@ -209,6 +212,13 @@ def _reasons(
     }
 
 
+def _bin_reason(work: Workload, best: Candidate, verdict: str) -> str:
+    tokens = best.case.bin_tokens
+    if tokens is None:
+        return "rows are padded"
+    return f"a bin holds {work.bin_fill(tokens) * tokens / work.mean_tokens:.1f} examples on average; {verdict}"
+
+
 def _checkpointing_reason(
     config: RunConfig, spec: ModelSpec, hardware: HardwareSpec, found: list[Candidate], best: Candidate
 ) -> str:
@@ -227,7 +237,7 @@ def _checkpointing_reason(
         said.append(f"{size(best.memory.host_bytes)} of main memory hold the inputs")
     elif kind == "full" and case.fused and hardware.kind == "cuda":
         element = 4 if case.precision == "fp32" else 2
-        needed = offloaded_bytes(spec, case.micro_batch * case.length_tokens, element)
+        needed = offloaded_bytes(spec, case.tokens, element)
         room = host_budget_bytes(hardware)
         if needed > room:
             said.append(f"their inputs would need {size(needed)} of main memory, of which {size(room)} may be taken")
@@ -236,7 +246,7 @@ def _checkpointing_reason(
 
 def _why_not(others: list[Candidate], best: Candidate, words: str, cost: str) -> str:
     fitting = [one for one in others if one.fits]  # by the closed form
-    if any(one.case.micro_batch >= best.case.micro_batch for one in fitting):
+    if any(one.case.tokens >= best.case.tokens for one in fitting):
         return f"{words} the allocator needs more than there is"
     if fitting:
         return f"larger micro-batches gain more than {cost} costs"
@@ -264,6 +274,7 @@ def _alternative(candidate: Candidate) -> Alternative:
     case = candidate.case
     return Alternative(
         per_device_train_batch_size=case.micro_batch,
+        bin_tokens=case.bin_tokens,
         gradient_checkpointing=case.checkpointing,
         packing=candidate.packing,
         load_in_4bit=case.weights == "nf4",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from laras.config import RunConfig
 from laras.errors import LarasError
-from laras.planning.candidates import LOSS_CHUNK_TOKENS, Candidate, bin_fill, device_budget_bytes
+from laras.planning.candidates import LOSS_CHUNK_TOKENS, Candidate, device_budget_bytes
 from laras.planning.cuda_graph import with_replay
 from laras.planning.memory import adapted_layers, lora_parameters
 from laras.planning.simulated import Simulate, simulated_step
@@ -154,12 +154,12 @@ def _simulated(
     simulate: Simulate,
 ) -> Candidate:
     case = one.case
-    documents = work.documents(case.micro_batch * case.length_tokens) if one.packing else None
+    documents = work.documents(case.bin_tokens) if case.bin_tokens else None
     choices = resolved_choices(config, spec, one, 1, 1)
-    largest = work.largest_batch(case.micro_batch, packing=one.packing)
+    largest = work.largest_batch(case.micro_batch, case.bin_tokens)
     step = simulated_step(simulate, config, choices, spec, hardware, budget, documents, largest)
-    expected = case.length_tokens if one.packing else work.expected_longest(case.micro_batch)
-    recorded = case.micro_batch * largest.row_tokens
+    expected = case.bin_tokens or work.expected_longest(case.micro_batch)
+    recorded = case.bin_tokens or case.micro_batch * largest.row_tokens
     step_s, replayed_s = (
         recorded_step_s(
             step.work,
@@ -172,9 +172,11 @@ def _simulated(
         )
         for replayed in (False, True)
     )
-    useful = bin_fill(work) * case.length_tokens if one.packing else work.mean_tokens
+    useful = work.mean_tokens * case.micro_batch
+    if case.bin_tokens:
+        useful = work.bin_fill(case.bin_tokens) * case.bin_tokens
     memory = step.memory.model_copy(update={"host_bytes": one.memory.host_bytes})
-    issued = replace(one, memory=memory, fits=step.fits, tokens_per_s=useful * case.micro_batch / step_s)
+    issued = replace(one, memory=memory, fits=step.fits, tokens_per_s=useful / step_s)
     return with_replay(config, hardware, issued, choices.trainable_parameters, step_s, replayed_s)
 
 
@@ -195,6 +197,7 @@ def resolved_choices(
         attention = "unsloth"
     return PlanChoices(
         per_device_train_batch_size=case.micro_batch,
+        bin_tokens=case.bin_tokens,
         per_device_eval_batch_size=case.eval_batch,
         gradient_accumulation_steps=best.accumulation,
         gradient_checkpointing=case.checkpointing,

@@ -100,10 +100,6 @@ def _element(case: MemoryCase) -> int:
     return 4 if case.precision == "fp32" else 2
 
 
-def _tokens(case: MemoryCase) -> int:
-    return ceil(case.micro_batch * case.length_tokens)
-
-
 def _adapter_parameters(spec: ModelSpec, case: MemoryCase) -> int:
     layers = adapted_layers(spec, case.target_modules)
     return spec.layers * case.lora_r * sum(inputs + outputs for _, inputs, outputs in layers)
@@ -117,7 +113,7 @@ def _trained_tensors(spec: ModelSpec, case: MemoryCase) -> int:
 
 def _loss(spec: ModelSpec, case: MemoryCase) -> Work:
     """Logits of every token, in chunks or at once, and their gradients."""
-    tokens, element = _tokens(case), _element(case)
+    tokens, element = case.tokens, _element(case)
     chunks = ceil(tokens / case.loss_chunk_tokens) if case.loss_kind == "chunked" and case.loss_chunk_tokens else 1
     rows, hidden, words = ceil(tokens / chunks), spec.hidden_size, spec.vocab_size
     products: Counter[Product] = Counter()
@@ -134,7 +130,7 @@ def _loss(spec: ModelSpec, case: MemoryCase) -> Work:
 
 def _fused_layers(spec: ModelSpec, case: MemoryCase) -> tuple[Work, Work]:
     """Forward and backward of all layers."""
-    tokens, hidden, width, layers = _tokens(case), spec.hidden_size, spec.intermediate_size, spec.layers
+    tokens, hidden, width, layers = case.tokens, spec.hidden_size, spec.intermediate_size, spec.layers
     query, key_value = spec.attention_heads * spec.head_dim, spec.key_value_heads * spec.head_dim
     offloads = case.checkpointing and case.checkpoint_kind == "offload"
     kind = "none" if not case.checkpointing else "selective" if case.checkpoint_kind == "selective" else "full"
@@ -179,7 +175,7 @@ def _fused_products(
     def rounded(ranks: int) -> int:
         return -(-ranks // 16) * 16
 
-    tokens = _tokens(case)
+    tokens = case.tokens
     rows = ceil(tokens / chunks)
     qkv = (tokens, hidden, query + 2 * key_value, rounded(len(form.qkv) * rank))
     out = (tokens, query, hidden, rounded(rank))
@@ -229,7 +225,7 @@ def _products(shapes: Iterator[tuple[int, int, int]], times: int, element: int =
 
 def _plain_layers(spec: ModelSpec, case: MemoryCase) -> tuple[Work, Work]:
     """Forward and backward of all layers, what a checkpointed layer computes again included."""
-    tokens, element = _tokens(case), _element(case)
+    tokens, element = case.tokens, _element(case)
     experts = max(1, spec.experts_per_token)
     units = spec.layers * (len(linear_layers(spec)) + 1)
     share = (_FULL_SHARE if case.full else 1.0) * (_FP32_SHARE if element == 4 else 1.0)
@@ -266,7 +262,7 @@ def _plain_layers(spec: ModelSpec, case: MemoryCase) -> tuple[Work, Work]:
 
 def _dora(spec: ModelSpec, case: MemoryCase, counts: dict[str, int]) -> Work:
     """What it does beside LoRA, in all layers; its products are among the others'."""
-    layers, tokens = adapted_layers(spec, case.target_modules), _tokens(case)
+    layers, tokens = adapted_layers(spec, case.target_modules), case.tokens
     moved = sum(
         tokens * outs * counts["outputs"] + ins * ins * counts["identity"] + ins * outs * counts["matrix"]
         for _, ins, outs in layers
@@ -282,7 +278,7 @@ def _dora(spec: ModelSpec, case: MemoryCase, counts: dict[str, int]) -> Work:
 
 def _plain_products(spec: ModelSpec, case: MemoryCase, *, backward: bool) -> Iterator[tuple[int, int, int]]:
     """Of a layer; experts, which `linear_layers` leaves out, as one product of what a token goes through."""
-    tokens, adapted = _tokens(case), {name for name, *_ in adapted_layers(spec, case.target_modules)}
+    tokens, adapted = case.tokens, {name for name, *_ in adapted_layers(spec, case.target_modules)}
     layers = list(linear_layers(spec))
     if spec.experts:
         gated, width = 2 * spec.intermediate_size, spec.intermediate_size

@@ -206,7 +206,7 @@ def _on_cpu_s(
     spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, span_tokens: float, target_share: float
 ) -> float:
     """Arithmetic at the processor's rate, then traffic at half of what main memory gives."""
-    tokens, again = case.micro_batch * case.length_tokens, 1 if case.checkpointing else 0
+    tokens, again = case.tokens, 1 if case.checkpointing else 0
     # Two operations a weight forward, two for the inputs' gradients, two more for the weights' when they train.
     share = spec.experts_per_token / spec.experts if spec.experts else 1.0
     arithmetic = 2 * spec.linear_parameters * share * ((3 if case.full else 2) + again)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from math import ceil
 
 from laras.config import RunConfig
 from laras.data.analyze import planned_max_length
 from laras.data.collate import padded_length
+from laras.data.pack import pack_documents
 from laras.records import DatasetProfile, LengthStats, ModelSpec, SplitManifest
+
+_SAMPLED_BINS, _SAMPLED_ROWS = 30, 500  # whose filling is taken for that of all
 
 
 @dataclass(frozen=True)
@@ -17,7 +21,7 @@ class LargestBatch:
     """The largest micro-batch and the largest evaluation batch that the data can make.
 
     Attributes:
-        row_tokens: Of a training row, padding included; of a packed bin, `max_length`.
+        row_tokens: Of a training row, padding included; packed, of the bin.
         target_tokens: Of the micro-batch, those that carry loss; None: all.
         eval_row_tokens: Of a validation row, padding included.
     """
@@ -53,22 +57,31 @@ class Workload:
     stats: LengthStats | None
     longest_validation_tokens: int | None = None
 
-    def largest_batch(self, rows: int, *, packing: bool) -> LargestBatch:
+    def largest_batch(self, rows: int, bin_tokens: int | None = None) -> LargestBatch:
         """What the collators can make of the data at most, so that a plan for it is never too low.
 
         Args:
-            rows: Of a micro-batch; packed, times the planned length.
-            packing: Documents are packed into bins.
+            rows: Of a padded micro-batch.
+            bin_tokens: Slots of a packed one; None pads rows.
         """
         stats, validation = self.stats, self.longest_validation_tokens
         eval_row = self.length_tokens if validation is None else padded_length(validation)
-        row = padded_length(stats.max) if stats and not packing else self.length_tokens
+        row = bin_tokens or (padded_length(stats.max) if stats else self.length_tokens)
         if stats is None or stats.target_max is None or stats.target_share_max is None:
             return LargestBatch(row, None, eval_row)
-        most = rows * min(row, stats.target_max)
-        if packing:
-            most = min(rows * row, ceil(rows * row * stats.target_share_max))
+        if bin_tokens:
+            most = min(bin_tokens, ceil(bin_tokens * stats.target_share_max))
+        else:
+            most = rows * min(row, stats.target_max)
         return LargestBatch(row, max(1, most), eval_row)
+
+    def bin_fill(self, bin_tokens: int) -> float:
+        """Share of the slots of bins of that size that hold tokens, as examples of these lengths are packed."""
+        stats = self.stats
+        if stats is None or not stats.histogram_counts:
+            return 1.0
+        rows = min(stats.rows, max(_SAMPLED_ROWS, ceil(_SAMPLED_BINS * bin_tokens / stats.mean)))
+        return _fill(stats.histogram_edges, stats.histogram_counts, stats.max, rows, bin_tokens)
 
     def expected_longest(self, rows: int) -> int:
         """Expected length of a padded batch of that many rows, a multiple of 8."""
@@ -111,6 +124,17 @@ def workload(
         stats=stats,
         longest_validation_tokens=manifest.validation.tokens.max if manifest else stats.max,
     )
+
+
+@lru_cache(maxsize=256)
+def _fill(edges: tuple[int, ...], counts: tuple[int, ...], longest: int, rows: int, bin_tokens: int) -> float:
+    lengths, total, seen, placed = [], sum(counts), 0, 0
+    for (low, high), count in zip(pairwise(edges), counts, strict=False):
+        seen += count
+        here = round(rows * seen / total) - placed
+        placed += here
+        lengths += [min(longest, bin_tokens, max(1, round(low + (high - low) * (i + 0.5) / here))) for i in range(here)]
+    return sum(lengths) / (bin_tokens * len(pack_documents(lengths, bin_tokens, seed=0)))
 
 
 def _attended(stats: LengthStats) -> float:

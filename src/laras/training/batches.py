@@ -79,10 +79,10 @@ class TrainBatches:
 
     Args:
         rows: The training split.
-        micro_rows: Rows of a micro-batch; with packing, a bin holds `micro_rows * max_length` tokens.
+        micro_rows: Rows of a padded micro-batch.
         micro_batches: Micro-batches of an optimizer step over all processes.
         max_length: Tokens of the longest row.
-        packing: Put whole documents into bins instead of padding rows.
+        bin_tokens: Whole documents are put into bins of so many tokens, or of the longest row; None pads rows.
         seed: Of the order.
         pad_token_id: Fills what is not a row.
     """
@@ -94,21 +94,21 @@ class TrainBatches:
         micro_rows: int,
         micro_batches: int,
         max_length: int,
-        packing: bool,
+        bin_tokens: int | None,
         seed: int,
         pad_token_id: int | None,
     ) -> None:
         self.rows = rows
         self._micro_rows, self._micro_batches, self._seed = micro_rows, micro_batches, seed
         self._max_length, self._pad_token_id = max_length, pad_token_id
+        self._bin_tokens = max(bin_tokens or 0, max_length)
         self._bins: list[MicroBatch] | None = None
         self._shape: PackShape | None = None
         self._epoch_order: tuple[int, Any] | None = None
-        if packing:
+        if bin_tokens is not None:
             lengths = rows.lengths.tolist()
-            budget = micro_rows * max_length
-            self._bins = pack_documents(lengths, budget, seed)
-            self._shape = pack_shape(self._bins, lengths, rows.targets.tolist(), budget, max_length)
+            self._bins = pack_documents(lengths, self._bin_tokens, seed)
+            self._shape = pack_shape(self._bins, lengths, rows.targets.tolist(), self._bin_tokens, max_length)
 
     def __len__(self) -> int:
         """Optimizer steps of an epoch."""
@@ -179,7 +179,7 @@ class TrainBatches:
         return self._collator(int(self.rows.lengths[list(rows)].sum()), level, self._shape)(examples)
 
     def _budget(self, level: int) -> int:
-        return max(1, (self._micro_rows * self._max_length) >> level)
+        return max(1, self._bin_tokens >> level)
 
     def _collator(self, tokens: int, level: int, shape: PackShape) -> PackCollator:
         """The shape of the run, halved up to `level` times while it holds so many tokens: few shapes to compile."""

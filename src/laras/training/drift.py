@@ -60,7 +60,7 @@ def identity_of(
     """
     choices = plan.choices
     micro_batches = choices.gradient_accumulation_steps
-    packed = {"packed_bin_tokens": choices.per_device_train_batch_size * choices.max_length} if choices.packing else {}
+    packed = {"packed_bin_tokens": choices.packed_tokens} if choices.packing else {}
     method = {
         name: getattr(choices, name)
         for name in ("finetuning_type", "load_in_4bit", "load_in_8bit", "precision", "optim", "learning_rate")

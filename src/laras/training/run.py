@@ -156,7 +156,7 @@ class _Run:
             micro_rows=choices.per_device_train_batch_size,
             micro_batches=choices.gradient_accumulation_steps,
             max_length=max(choices.max_length, int(rows.lengths.max(initial=1))),
-            packing=choices.packing,
+            bin_tokens=choices.packed_tokens,
             seed=self._config.seed,
             pad_token_id=self._tokenizer.pad_token_id,
         )
