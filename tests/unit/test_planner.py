@@ -332,6 +332,22 @@ def test_of_candidates_about_as_fast_the_simulated_steps_decide(monkeypatch, tmp
     assert all(other.tokens_per_s <= result.time.tokens_per_s for other in result.alternatives if other.fits)
 
 
+def test_weights_that_are_too_large_by_themselves_are_simulated_once(monkeypatch, tmp_path):
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path))
+    seen = []
+
+    def simulate(config, choices, layers, hardware, documents, largest):
+        seen.append(choices.load_in_4bit)
+        weights = 10**10 if choices.load_in_4bit else 10**11  # as of a model that the closed form underrates
+        forward = Segment("forward", 0, 0, (10**6, -2), Work(calls=1000, moved_bytes=10**6))
+        return StepTrace(layers, (Segment("weights", 0, -1, (weights,)), forward))
+
+    hardware = find_gpu("h100").to_hardware()
+    result = plan_training(RunConfig(max_length=1024), None, None, spec_of(), hardware, simulate)
+    assert result.fits and result.choices.load_in_4bit
+    assert seen.count(False) == 1
+
+
 @pytest.mark.parametrize(("steps", "validation_tokens", "expected"), [(60, 14_000, 30), (1005, 0, 101), (7, 0, 1)])
 def test_validations_come_at_equal_distances_and_cost_little(steps, validation_tokens, expected):
     work = Workload(100, 50.0, 50.0, 100, 1250.0, validation_tokens, target_share=1.0, stats=None)

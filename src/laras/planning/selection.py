@@ -94,9 +94,10 @@ def _fitting(
     limit = device_budget_bytes(config, hardware)
     fitting: list[Candidate] = []
     refused: list[Candidate] = []
+    too_large: set[str] = set()  # ways to store weights that leave no room for anything else
     first: Candidate | None = None
     for one in found:
-        if one.memory.train_peak_allocated_bytes > limit * (1 + _CLOSED_FORM_MARGIN):
+        if one.memory.train_peak_allocated_bytes > limit * (1 + _CLOSED_FORM_MARGIN) or one.case.weights in too_large:
             continue
         if first is not None and not _contends(one, first):
             break
@@ -106,6 +107,8 @@ def _fitting(
             fitting.append(exact)
         else:
             refused.append(exact)
+            if exact.memory.components["weights"] > limit:
+                too_large.add(one.case.weights)
         if len(fitting) >= _MOST_CONTENDERS or len(refused) >= _MOST_SIMULATIONS:
             break
     return fitting, refused
