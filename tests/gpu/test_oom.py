@@ -48,8 +48,8 @@ def rows(count: int, seed: int) -> Dataset:
 def as_before() -> Iterator[None]:
     """What a run in deterministic mode and `allow` leave in the process.
 
-    CUBLAS_WORKSPACE_CONFIG stays as transformers sets it for such a run: torch reads it at every matrix product but keeps
-    the workspace that it has, and a larger size than that workspace's lets cuBLAS write over other tensors.
+    CUBLAS_WORKSPACE_CONFIG stays as transformers sets it for such a run: torch reads it at every matrix product but
+    keeps the workspace that it has, and a larger size than that workspace's lets cuBLAS write over other tensors.
     """
     names = ("CUDA_LAUNCH_BLOCKING", "FLASH_ATTENTION_DETERMINISTIC")
     before = {name: os.environ.get(name) for name in names}

@@ -26,8 +26,8 @@ _BAR_CHARS = 40
 _NO_COMPILER = "TORCHDYNAMO_DISABLE"  # read by torch.compile
 _SHOWN = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "packing", "bin_tokens",
-    "cuda_graph", "max_length", "load_in_4bit", "precision", "optim", "loss_kind", "attention", "backend", "lora_r", "lora_alpha",
-    "use_rslora", "target_modules", "learning_rate", "eval_steps",
+    "cuda_graph", "max_length", "load_in_4bit", "precision", "optim", "loss_kind", "attention", "backend", "lora_r",
+    "lora_alpha", "use_rslora", "target_modules", "learning_rate", "eval_steps",
 )  # fmt: skip
 
 

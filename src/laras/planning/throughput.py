@@ -4,7 +4,8 @@ Two ways to the work, one to its duration. `recorded_step_s` adds up the operati
 shape; `estimate_step_s` ranks candidates that were not simulated, by the operations that their path was counted to have
 (`laras.planning.step_forms`).
 
-Source: fitted on an H100, `python benchmarks/step_time.py`, where cases that were left out of the fit are predicted.
+Source: fitted on an H100 and an H200, `python benchmarks/step_time.py`, where cases that were left out of the fit are
+predicted.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class Rates:
         graph_s: Seconds where it does, with the modules around.
         engine_s: Seconds that autograd's engine takes for one.
         launch_s: Seconds more where the operation launches a kernel.
-        compiled_s: Seconds more where a compiler's launcher does it.
+        compiled_s: Seconds more where the operation is a kernel of Triton's.
     """
 
     matrix: float
@@ -48,8 +49,8 @@ class Rates:
 
 
 RATES = Rates(
-    matrix=0.69, attention=0.40, attention_start=1600, bandwidth=0.64, kernel_s=0.4e-6,
-    call_s=1.9e-6, graph_s=14.8e-6, engine_s=11.2e-6, launch_s=12e-6, compiled_s=190e-6,
+    matrix=0.71, attention=0.40, attention_start=2300, bandwidth=0.64, kernel_s=0.5e-6,
+    call_s=2.3e-6, graph_s=14.4e-6, engine_s=11.3e-6, launch_s=11e-6, compiled_s=67e-6,
 )  # fmt: skip
 # Once a step, however many micro-batches: the adapters' copies, the update, the gradients' release.
 _FIRST, _LAST = ("states", "batch"), ("optimizer", "release")
@@ -57,6 +58,9 @@ _EACH = ("forward", "loss", "backward", "end")
 _AGAIN = " again"  # of a second micro-batch
 # Share of a copy's time that what runs beside it loses. Source: one pair of runs on an H100, 343 and 348 ms.
 _COPY_LOSS = 0.07
+# What a kernel of a graph takes besides what it computes and moves, which shows where it does little of both.
+# Source: one case on an H200, `small_lora_4k@graph=1` of `benchmarks/throughput.py`: 19.7 ms for 1,896 kernels.
+_REPLAYED_S = 4.0e-6
 _STEADY_AFTER = 32  # micro-batches: from then on, each takes as long as the last
 
 
@@ -93,8 +97,8 @@ def recorded_step_s(
         for kind, part in work.items()
     }
     if replayed:
-        graph = {kind + again for kind in ("batch", *_EACH) for again in ("", _AGAIN)}
-        seconds = {kind: (busy_s, 0.0 if kind in graph else host_s) for kind, (busy_s, host_s) in seconds.items()}
+        graph = {kind + again for kind in ("batch", *_EACH) for again in ("", _AGAIN)} & set(seconds)
+        seconds |= {kind: (seconds[kind][0] + _REPLAYED_S * _kernels(work[kind]), 0.0) for kind in graph}
     if not is_waited_for:
         times = [seconds[kind] for kind in _order(work, accumulation)]
         return max(sum(busy_s for busy_s, _ in times), sum(host_s for _, host_s in times)) / accumulation
@@ -129,10 +133,14 @@ def _seconds(
     share = 1.0 if kind in _FIRST + _LAST else token_share
     if kind.startswith("loss"):
         share *= target_share
-    kernels = part.kernels + sum(count for _, count in part.products)
+    kernels = _kernels(part)
     host_s = part.calls * rates.call_s + part.graph_calls * rates.graph_s + part.engine_calls * rates.engine_s
     host_s += kernels * rates.launch_s + part.compiled * rates.compiled_s
     return share * _busy_s(part, hardware, rates, span_tokens) + kernels * rates.kernel_s, host_s
+
+
+def _kernels(part: Work) -> int:
+    return part.kernels + sum(count for _, count in part.products)
 
 
 def _order(work: Mapping[str, Work], accumulation: int) -> list[str]:
