@@ -152,7 +152,7 @@ def test_a_run_with_a_hostile_configuration_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: !!python/name:os.system\n", encoding="utf-8")
     with pytest.raises(RunStateError):
         RunDir(tmp_path).load_config()
-    assert run_status(RunDir(tmp_path)) == "failed"
+    assert run_status(RunDir(tmp_path)) == "interrupted"  # a run that left no result
 
 
 @pytest.mark.parametrize("name", ["a" * 5000, "a\0b"])

@@ -118,19 +118,17 @@ def test_what_is_measured_on_two_cards_is_never_in_one_file(monkeypatch: pytest.
     for driver_says, name in (("NVIDIA H100 80GB HBM3", "H100"), ("NVIDIA H200", "H200")):
         monkeypatch.setattr("pynvml.nvmlDeviceGetName", lambda handle, said=driver_says: said)
         assert memory.card().name == name
-    assert list(step_time._of_throughput("H100")) and not list(step_time._of_throughput("L4"))
+    figures = memory.RESULTS / "throughput.jsonl"
+    assert list(step_time._of_throughput("H100", figures)) and not list(step_time._of_throughput("L4", figures))
     rows = step_time.load(step_time.WORK)[:1]
     other = step_time.replace(rows[0], gpu="H200")
     assert other.predicted_s() < rows[0].predicted_s()
     assert step_time._repeated([rows[0], rows[0]]) and not step_time._repeated([rows[0], other])
 
 
-def test_steps_of_variants_that_were_not_kept_have_no_part_in_the_fit(
-    on_gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_steps_of_variants_that_were_not_kept_have_no_part_in_the_fit(on_gpu: Any, tmp_path: Path) -> None:
     import json
 
-    import memory
     import step_time
 
     fact = {"step_ms": 300.0, "fused": True, "gpu": "NVIDIA H200"}
@@ -144,8 +142,7 @@ def test_steps_of_variants_that_were_not_kept_have_no_part_in_the_fit(
     with (tmp_path / "throughput.jsonl").open("w") as file:
         for name, variant in cases.items():
             print(json.dumps({**fact, "name": name, "variant": variant}), file=file)
-    monkeypatch.setattr(memory, "RESULTS", tmp_path)
-    directly, otherwise = step_time._of_throughput("H200")
+    directly, otherwise = step_time._of_throughput("H200", tmp_path / "throughput.jsonl")
     assert directly["key"].endswith("|qlora_full_8k@direct_launch=1")
     assert otherwise["key"].endswith("@qkv_again=0") and not otherwise["chosen"].qkv_again
 

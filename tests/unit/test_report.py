@@ -234,7 +234,7 @@ def test_several_runs_are_compared(run, tmp_path):
     going = write_example_run(tmp_path / "going", finished=False, steps=30)
     page = Page(write_report([run, other, going], tmp_path / "deep" / "page.html").read_text(encoding="utf-8"))
     assert str(other) in page.text  # two runs of one name are told apart
-    for text in ("3 runs compared", "1.1600", "1.2100", "config: seed", "did not finish"):
+    for text in ("3 runs compared", "1.1600", "1.2100", "config: seed", "was interrupted"):
         assert text in page.text
     assert sum(tag == "svg" for tag, _ in page.tags) == 2
 
