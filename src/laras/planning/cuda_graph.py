@@ -70,7 +70,8 @@ def replay_reason(config: RunConfig, hardware: HardwareSpec, best: Candidate) ->
     if best.replayed:
         return f"on: the host issues a step more slowly than the GPU runs it; saves {best.replay_gain:.0%} of the time"
     if best.replay_gain < _LEAST_GAIN:
-        return f"off: the GPU is the limit; it would save {max(0.0, best.replay_gain):.0%} of the time"
+        saved = f"; it would save {best.replay_gain:.0%} of the time" if best.replay_gain >= 0.01 else ""
+        return f"off: the GPU is the limit{saved}"
     return "off: there is no memory for it"
 
 

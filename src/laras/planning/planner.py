@@ -183,9 +183,11 @@ def _reasons(
         "max_length": f"the longest example in multiples of 128, at most {cap}"
         if work.stats
         else f"no data: every example is taken to have {work.length_tokens} tokens",
-        "per_device_train_batch_size": (verdict if case.bin_tokens is None else "a row is a bin")
-        if config.per_device_train_batch_size == "auto"
-        else given,
+        "per_device_train_batch_size": given
+        if config.per_device_train_batch_size != "auto"
+        else verdict
+        if case.bin_tokens in (None, case.micro_batch * case.length_tokens)
+        else "a row is a bin",
         "bin_tokens": _bin_reason(work, best, verdict),
         "gradient_accumulation_steps": f"keeps {config.effective_batch_size} examples an optimizer step"
         + (" on average" if best.packing else ""),
