@@ -169,6 +169,7 @@ def _reasons(
         verdict = "about the fastest that fits; a larger one takes more main memory"
     parameters = f"{short(spec.total_parameters)} parameters"
     rows = case.micro_batch if case.bin_tokens is None else max(1, round(case.bin_tokens / work.mean_tokens))
+    micro = verdict if case.bin_tokens in (None, case.micro_batch * case.length_tokens) else "a row is a bin"
     padding = 1 - work.mean_tokens / max(1, work.expected_longest(rows))
     refusal = packing_refusal(config, spec, hardware, precision, work)
     packing = f"off: {refusal}" if refusal else f"on: padding would be {padding:.0%} of the tokens"
@@ -183,11 +184,7 @@ def _reasons(
         "max_length": f"the longest example in multiples of 128, at most {cap}"
         if work.stats
         else f"no data: every example is taken to have {work.length_tokens} tokens",
-        "per_device_train_batch_size": given
-        if config.per_device_train_batch_size != "auto"
-        else verdict
-        if case.bin_tokens in (None, case.micro_batch * case.length_tokens)
-        else "a row is a bin",
+        "per_device_train_batch_size": micro if config.per_device_train_batch_size == "auto" else given,
         "bin_tokens": _bin_reason(work, best, verdict),
         "gradient_accumulation_steps": f"keeps {config.effective_batch_size} examples an optimizer step"
         + (" on average" if best.packing else ""),
