@@ -398,6 +398,22 @@ def test_adapters_that_change_are_taken_over(folders):
     assert summed_loss(model, packed(rows())).item() == pytest.approx(plain, rel=1e-5)
 
 
+def test_adapters_that_a_capture_would_have_taken_over_are_taken_over_after_one_that_failed(folders, monkeypatch):
+    model = built(folders["llama"])
+    fused, batch = model.laras_path.fused, packed(rows())
+    before = step(model, batch)[0]
+    with torch.no_grad():
+        for parameter in (one for one in model.parameters() if one.requires_grad):
+            parameter.add_(0.01)
+    with monkeypatch.context() as capturing:  # whose copies are only noted
+        for group in (group for layer in fused.layers for group in layer.groups):
+            capturing.setattr(group, "_places", [])
+        fused.refresh(always=True)
+    found = step(model, batch)[0]
+    fused.refresh(always=True)
+    assert found == step(model, batch)[0] != before
+
+
 def test_disabled_adapters_are_honoured(folders):
     model = built(folders["qwen2"])
     fused = model.laras_path.fused

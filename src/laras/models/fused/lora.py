@@ -100,9 +100,10 @@ class LoraGroup:
         """Copies the adapters beside the weights, in the arithmetic's type, when they have changed."""
         self.unload()  # what a step that broke off left behind
         versions = (_STEPS.count, *(parameter._version for parameter in self.adapters))
-        if versions == self._versions and not always:
-            return
-        self._versions = versions
+        if not always:  # copies that are captured are not made before the graph is replayed, if it ever is
+            if versions == self._versions:
+                return
+            self._versions = versions
         with torch.no_grad():
             for index, (below, beside) in enumerate(self._places):
                 b = self.adapters[2 * index + 1]
