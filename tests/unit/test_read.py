@@ -425,6 +425,19 @@ def test_compressed_text_is_read_as_what_it_stands_for(tmp_path, name, content, 
         assert [row.line for row in file_rows(packed)] == [1, 2]
 
 
+@pytest.mark.parametrize("dataset", ["", "*.jsonl*"])
+@pytest.mark.parametrize("names", [("a.jsonl", "a.jsonl.gz"), ("a.jsonl.gz", "a.jsonl.zst")])
+def test_a_file_and_its_compressed_twin_are_not_both_read(tmp_path, names, dataset):
+    for name in names:
+        (tmp_path / name).write_bytes(PACKED.get(Path(name).suffix, bytes)(b'{"text": "a"}\n'))
+    with pytest.raises(DataError) as caught:
+        find_sources(str(tmp_path / dataset))
+    assert caught.value.problems == (
+        f"{tmp_path / names[1]}: by its name it holds what {names[0]} does, and its rows would count twice",
+    )
+    assert len(find_sources(str(tmp_path / names[1]))) == 1
+
+
 @pytest.mark.parametrize("name", ["a.parquet.gz", "a.jsonl.xz", "a.gz"])
 def test_other_compressed_files_are_refused_by_name(tmp_path, name):
     (tmp_path / name).write_bytes(gzip.compress(b"{}"))

@@ -117,7 +117,7 @@ class _Unpacked(io.RawIOBase):
         except (OSError, EOFError, zlib.error, ValueError) as error:
             raise DataError(
                 f"{self._path}: no {self._path.suffix} file, or a damaged one, after {self._done:,} bytes of text: "
-                f"{str(error).splitlines()[0]}",
+                f"{(str(error) or type(error).__name__).splitlines()[0]}",
                 hint="download or compress it anew; a file that is not compressed needs another name",
             ) from None
         self._done += count

@@ -171,9 +171,14 @@ def _part_of(file: Path) -> SplitName | None:
 
 def _files(paths: list[Path], part: SplitName | None) -> list[Source]:
     sources, problems = [], []
+    by_plain_name: dict[Path, Path] = {}
     for path in paths:
         if reader_of(path) is None:
             problems.append(f"{path}: unknown kind of file {path.suffix!r}")
+            continue
+        plain = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+        if (twin := by_plain_name.setdefault(plain, path)) != path:
+            problems.append(f"{path}: by its name it holds what {twin.name} does, and its rows would count twice")
             continue
         if not _is_text(str(path)):
             problems.append(f"{str(path)!r}: the name is not UTF-8, which no record can hold")
