@@ -157,6 +157,10 @@ def test_a_plan_in_closed_form_replays_nothing() -> None:
     found = plan_training(config, None, None, model_spec_from_config(LLAMA, "m"), H100)
     assert not found.choices.cuda_graph
     assert found.reasons["cuda_graph"] == "off: the step was not simulated"
+    wanted = plan_training(
+        config.model_copy(update={"cuda_graph": True}), None, None, model_spec_from_config(LLAMA, "m"), H100
+    )
+    assert "not replayed as a CUDA graph: the step was not simulated" in wanted.warnings
 
 
 def test_no_gain_is_claimed_where_there_is_none() -> None:

@@ -61,12 +61,12 @@ def with_replay(
 def replay_reason(config: RunConfig, hardware: HardwareSpec, best: Candidate) -> str:
     """One line for the plan."""
     refusal = replay_refusal(config, hardware, best)
+    if config.cuda_graph is not False and best.replay_gain is None:
+        refusal = refusal or "the step was not simulated"
     if refusal is not None:
         return f"off: {refusal}"
-    if config.cuda_graph != "auto":
+    if config.cuda_graph != "auto" or best.replay_gain is None:
         return "as configured"
-    if best.replay_gain is None:
-        return "off: the step was not simulated"
     if best.replayed:
         return f"on: the host issues a step more slowly than the GPU runs it; saves {best.replay_gain:.0%} of the time"
     if best.replay_gain < _LEAST_GAIN:
