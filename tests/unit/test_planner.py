@@ -191,12 +191,19 @@ def lognormal(count=4000, median=350.0, spread=0.9, longest=4096):
     return lengths
 
 
+def plan_of(lengths, gpu="h100", **keys):
+    stats = length_stats(lengths, np.maximum(1, lengths // 2))
+    profile = DatasetProfile.model_construct(tokens=stats)
+    return plan_training(
+        RunConfig(max_length=4096, **keys), profile, None, spec_of(1024, 8), find_gpu(gpu).to_hardware()
+    )
+
+
 def planned_on(lengths, gpu="h100", **keys):
     stats = length_stats(lengths, np.maximum(1, lengths // 2))
     profile = DatasetProfile.model_construct(tokens=stats)
-    spec, hardware = spec_of(1024, 8), find_gpu(gpu).to_hardware()
-    config = RunConfig(max_length=4096, **keys)
-    return plan_training(config, profile, None, spec, hardware).choices, workload(config, profile, None, spec)
+    work = workload(RunConfig(max_length=4096, **keys), profile, None, spec_of(1024, 8))
+    return plan_of(lengths, gpu, **keys).choices, work
 
 
 @pytest.mark.parametrize("effective", [4, 16, 64, 500])
@@ -232,6 +239,41 @@ def test_rows_that_are_given_make_the_bin_and_so_does_accumulation():
     assert choices.gradient_accumulation_steps == 2
     found = 2 * choices.packed_tokens * work.bin_fill(choices.packed_tokens)
     assert found == pytest.approx(work.step_tokens, rel=0.05)
+
+
+def test_sizes_that_are_given_do_not_let_packing_change_the_effective_batch():
+    """16 examples of 350 tokens in 4 x 4 rows are not 4 bins of 4 x 4,096 tokens."""
+    result = plan_of(lognormal(), per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    assert not result.choices.packing and not result.warnings
+    assert "4 x 16384 tokens" in result.reasons["packing"]
+    assert result.reasons["gradient_accumulation_steps"] == "keeps 16 examples an optimizer step"
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"per_device_train_batch_size": 8, "packing": True},
+        {"gradient_accumulation_steps": 4, "packing": True},
+        {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "packing": False},
+    ],
+)
+def test_an_effective_batch_that_cannot_be_kept_is_told(sizes):
+    lengths = lognormal()
+    result = plan_of(lengths, **sizes)
+    choices = result.choices
+    assert {name: getattr(choices, name) for name in sizes} == sizes
+    examples = choices.per_device_train_batch_size * choices.gradient_accumulation_steps
+    if choices.packing:
+        bins = pack_documents(lengths.tolist(), choices.packed_tokens, seed=1)
+        examples = len(lengths) / len(bins) * choices.gradient_accumulation_steps
+    (warning,) = result.warnings
+    told = int(warning.removeprefix("an optimizer step has ").partition(" ")[0])
+    assert told == pytest.approx(examples, rel=0.06)
+    assert result.reasons["gradient_accumulation_steps"].startswith(f"{told} examples an optimizer step")
+    assert result.time.total_s * result.time.tokens_per_s == pytest.approx(
+        result.total_steps * examples * lengths.mean(), rel=0.06
+    )
+    assert result.total_steps == pytest.approx(3 * len(lengths) / examples, rel=0.1)
 
 
 def test_full_fine_tuning_pages_its_states_only_when_exact_ones_do_not_fit():
@@ -288,7 +330,7 @@ def test_equal_inputs_give_equal_plans():
 def test_the_predicted_time_includes_every_validation():
     work = Workload(100, 50.0, 50.0, 100, step_tokens=200.0, validation_tokens=1000.0, target_share=1.0, stats=None)
     # 10 steps of 200 tokens, and validations after 4, 8 and 10 that cost half as much a token.
-    assert _time(work, 10, 4, 100.0).total_s == pytest.approx((10 * 200 + 3 * 500) / 100)
+    assert _time(work, 10, 4, 100.0, step_tokens=200.0).total_s == pytest.approx((10 * 200 + 3 * 500) / 100)
 
 
 def test_a_family_that_nobody_has_looked_at_is_not_packed_and_gets_adapters_on_what_it_has():

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil
+from operator import itemgetter
 from typing import Any
 
 from laras.config import RunConfig
@@ -49,7 +50,7 @@ HOST_SHARE = 0.5
 _HOST_PRICE = 0.002
 _MULTIPLES, _ROUNDED_TO = (128, 64, 16), 50  # of the tokens of a bin: the largest of which it has so many
 # Largest shares by which packing may change the tokens of an optimizer step: wanted, and at all.
-_EFFECTIVE_SLACKS = (0.05, 0.15)
+EFFECTIVE_SLACKS = (0.05, 0.15)
 _EVAL_BATCHES = (16, 8, 4, 2, 1)
 _RANKS = ((0.75e9, 8), (4e9, 16), (float("inf"), 32))
 # Of the free memory, where nothing is said: what a plan may use of a GPU, of one of several (buffers of NCCL are not
@@ -172,10 +173,11 @@ def packing_refusal(
         return refusal
     if config.attn_implementation not in ("auto", "varlen", "sdpa"):
         return f"attn_implementation {config.attn_implementation} is not known to keep documents apart"
-    if not any(True for _ in _packed_splits(config, work)):
+    if not _packed_splits(config, work):
+        _, nearest = min(_bins(config, work), key=itemgetter(0))
         return (
-            f"a bin has to hold {work.length_tokens} tokens, as the longest example does, and the "
-            f"{config.effective_batch_size} average ones of a step are {work.step_tokens:.0f}"
+            f"a step would be {nearest.accumulation} x {nearest.bin_tokens} tokens, as bins hold the longest example, "
+            f"and {config.effective_batch_size} average ones are {work.step_tokens:.0f}"
         )
     return None
 
@@ -311,10 +313,8 @@ def _splits(config: RunConfig, work: Workload, packing: bool) -> Iterator[Split]
     """Every split of the effective batch."""
     effective, length = config.effective_batch_size, work.length_tokens
     if packing:
-        found = list(_packed_splits(config, work))
-        # Forced, although no bin is as small as the effective batch: the nearest.
-        rows = _given(config.per_device_train_batch_size, [1])[0]
-        yield from found or [Split(rows, 1, rows * length)]
+        # Where none keeps the effective batch, packing is forced: the nearest.
+        yield from _packed_splits(config, work) or [min(_bins(config, work), key=itemgetter(0))[1]]
         return
     micro_given, accumulation_given = config.per_device_train_batch_size, config.gradient_accumulation_steps
     if micro_given != "auto":
@@ -334,35 +334,31 @@ def _shared_out(splits: Iterable[Split]) -> list[Split]:
     return [one for one in found if one.accumulation % processes == 0] or found
 
 
-def _packed_splits(config: RunConfig, work: Workload) -> Iterator[Split]:
+def _packed_splits(config: RunConfig, work: Workload) -> list[Split]:
     """Bins that keep the tokens of an optimizer step, as nearly as there are any."""
-    found = []
-    for split, bin_tokens in _bins(config, work):
-        tokens = split.accumulation * work.bin_fill(bin_tokens) * bin_tokens
-        found.append((abs(tokens / work.step_tokens - 1), split))
-    if "auto" not in (config.per_device_train_batch_size, config.gradient_accumulation_steps):
-        yield from (split for _, split in found)
-        return
-    for slack in _EFFECTIVE_SLACKS:
-        near = [split for off, split in found if off <= slack]
-        if near:
-            yield from near
-            return
+    found = list(_bins(config, work))
+    near = ([split for change, split in found if change <= slack] for slack in EFFECTIVE_SLACKS)
+    return next((splits for splits in near if splits), [])
 
 
-def _bins(config: RunConfig, work: Workload) -> Iterator[tuple[Split, int]]:
-    """Bins of a number of rows where one is given, or the lengths are not known; else of what makes a step whole."""
+def _bins(config: RunConfig, work: Workload) -> Iterator[tuple[float, Split]]:
+    """Bins of a number of rows where one is given, or the lengths are not known; else of what makes a step whole.
+
+    Before each the share by which it changes the tokens of an optimizer step.
+    """
     length, accumulation_given = work.length_tokens, config.gradient_accumulation_steps
     if config.per_device_train_batch_size != "auto" or work.stats is None:
-        most = max(1, int(min(_MOST_TOKENS, work.step_tokens * (1 + _EFFECTIVE_SLACKS[-1])) / length))
+        most = max(1, int(min(_MOST_TOKENS, work.step_tokens * (1 + EFFECTIVE_SLACKS[-1])) / length))
         for rows in _given(config.per_device_train_batch_size, _thinned(most)):
             bin_tokens = rows * length
-            nearest = max(1, round(work.step_tokens / (work.bin_fill(bin_tokens) * bin_tokens)))
-            yield Split(rows, _given(accumulation_given, [nearest])[0], bin_tokens), bin_tokens
+            useful = work.bin_fill(bin_tokens) * bin_tokens
+            accumulation = _given(accumulation_given, [max(1, round(work.step_tokens / useful))])[0]
+            yield abs(accumulation * useful / work.step_tokens - 1), Split(rows, accumulation, bin_tokens)
         return
     for accumulation in _given(accumulation_given, _thinned(max(1, ceil(work.step_tokens / length)))):
         bin_tokens = _bin_of(work, work.step_tokens / accumulation)
-        yield Split(1, accumulation, bin_tokens), bin_tokens
+        useful = work.bin_fill(bin_tokens) * bin_tokens
+        yield abs(accumulation * useful / work.step_tokens - 1), Split(1, accumulation, bin_tokens)
 
 
 def _bin_of(work: Workload, tokens: float) -> int:

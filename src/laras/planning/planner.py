@@ -13,6 +13,7 @@ from laras.formatting import short, size
 from laras.planning.architecture import FAMILIES
 from laras.planning.backend import capability_of, choose_backend, layers_of
 from laras.planning.candidates import (
+    EFFECTIVE_SLACKS,
     PACKABLE_TYPES,
     Candidate,
     candidates,
@@ -85,6 +86,12 @@ def plan_training(
     warnings += selection.warnings
     if config.cuda_graph is True and not best.replayed:
         warnings.append(f"not replayed as a CUDA graph: {replay_reason(config, hardware, best).removeprefix('off: ')}")
+    examples = best.accumulation * _examples(work, best)
+    if not _keeps_batch(config, examples):
+        warnings.append(
+            f"an optimizer step has {examples:.0f} examples, not the {config.effective_batch_size} of "
+            "effective_batch_size: the packing or the sizes that are given allow none that is nearer"
+        )
     steps = _steps(config, work, best)
     choices = resolved_choices(config, spec, best, steps, _eval_steps(config, work, steps))
     reasons = {"precision": f"{precision}: {why}", **_reasons(config, spec, hardware, precision, work, found, best)}
@@ -104,7 +111,7 @@ def plan_training(
         choices=choices,
         reasons=reasons,
         memory=best.memory,
-        time=_time(work, steps, choices.eval_steps, best.tokens_per_s),
+        time=_time(work, steps, choices.eval_steps, best.tokens_per_s, examples * work.mean_tokens),
         total_steps=steps,
         fits=best.fits,
         alternatives=tuple(_alternative(one) for one in others[:5]),
@@ -126,9 +133,9 @@ def _family_warnings(config: RunConfig, spec: ModelSpec) -> list[str]:
     return warnings
 
 
-def _time(work: Workload, steps: int, eval_steps: int, tokens_per_s: float) -> TimeEstimate:
+def _time(work: Workload, steps: int, eval_steps: int, tokens_per_s: float, step_tokens: float) -> TimeEstimate:
     validations = ceil(steps / eval_steps)  # one at every interval, and one at the end
-    tokens = steps * work.step_tokens + validations * _FORWARD_SHARE * work.validation_tokens
+    tokens = steps * step_tokens + validations * _FORWARD_SHARE * work.validation_tokens
     return TimeEstimate(tokens_per_s=tokens_per_s, steps=steps, total_s=tokens / tokens_per_s)
 
 
@@ -137,10 +144,18 @@ def _steps(config: RunConfig, work: Workload, best: Candidate) -> int:
         return config.max_steps
     if not work.rows:
         return max(1, ceil(config.num_train_epochs))
-    if (bin_tokens := best.case.bin_tokens) is not None:
-        bins = ceil(work.rows * work.mean_tokens / (work.bin_fill(bin_tokens) * bin_tokens))
-        return max(1, ceil(ceil(bins / best.accumulation) * config.num_train_epochs))
-    return max(1, ceil(ceil(work.rows / config.effective_batch_size) * config.num_train_epochs))
+    micro_batches = ceil(work.rows / _examples(work, best))
+    return max(1, ceil(ceil(micro_batches / best.accumulation) * config.num_train_epochs))
+
+
+def _examples(work: Workload, best: Candidate) -> float:
+    """Of a micro-batch; of a bin on average."""
+    tokens = best.case.bin_tokens
+    return best.case.micro_batch if tokens is None else work.bin_fill(tokens) * tokens / work.mean_tokens
+
+
+def _keeps_batch(config: RunConfig, examples: float) -> bool:
+    return abs(examples / config.effective_batch_size - 1) <= EFFECTIVE_SLACKS[-1]
 
 
 def _eval_steps(config: RunConfig, work: Workload, steps: int) -> int:
@@ -186,8 +201,7 @@ def _reasons(
         else f"no data: every example is taken to have {work.length_tokens} tokens",
         "per_device_train_batch_size": micro if config.per_device_train_batch_size == "auto" else given,
         "bin_tokens": _bin_reason(work, best, verdict),
-        "gradient_accumulation_steps": f"keeps {config.effective_batch_size} examples an optimizer step"
-        + (" on average" if best.packing else ""),
+        "gradient_accumulation_steps": _batch_reason(config, work, best),
         "gradient_checkpointing": _checkpointing_reason(config, spec, hardware, found, best),
         "packing": packing if config.packing == "auto" else given,
         "cuda_graph": replay_reason(config, hardware, best),
@@ -215,7 +229,14 @@ def _bin_reason(work: Workload, best: Candidate, verdict: str) -> str:
     tokens = best.case.bin_tokens
     if tokens is None:
         return "rows are padded"
-    return f"a bin holds {work.bin_fill(tokens) * tokens / work.mean_tokens:.1f} examples on average; {verdict}"
+    return f"a bin holds {_examples(work, best):.1f} examples on average; {verdict}"
+
+
+def _batch_reason(config: RunConfig, work: Workload, best: Candidate) -> str:
+    examples = best.accumulation * _examples(work, best)
+    if best.packing and _keeps_batch(config, examples):
+        return f"keeps {config.effective_batch_size} examples an optimizer step on average"
+    return f"{'keeps ' if examples == config.effective_batch_size else ''}{examples:.0f} examples an optimizer step"
 
 
 def _checkpointing_reason(
