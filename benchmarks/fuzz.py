@@ -13,6 +13,7 @@ more than `SLOW_S` of CPU time is counted too. Exits with 1 when anything came o
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import platform
 import random
@@ -166,6 +167,8 @@ def _targets() -> list[Target]:
         Target("json", lists, _reader(".json"), 15),
         Target("csv", tables, _reader(".csv"), 15),
         Target("parquet", [_parquet(some) for some in [*rows, _ODD_ROWS]], _reader(".parquet"), 15),
+        Target("gzip", [gzip.compress(one) for one in lines], _reader(".jsonl.gz"), 10),
+        Target("zstd", [_zstd(one) for one in lines], _reader(".jsonl.zst"), 10),
         Target("config", configs, _read_config, 15),
         Target("override", [b"split.test=0.2", b"columns={prompt: q}", b"report_to=[]"], _read_override, 5),
         Target("records", _record_files(), _read_records, 15),
@@ -246,6 +249,12 @@ def _parquet(rows: list[dict[str, Any]]) -> bytes:
     file = BytesIO()
     pq.write_table(pa.Table.from_pylist(rows), file, compression=random.Random(len(rows)).choice(("none", "snappy")))
     return file.getvalue()
+
+
+def _zstd(content: bytes) -> bytes:
+    import pyarrow as pa
+
+    return bytes(pa.compress(content, codec="zstd", asbytes=True))
 
 
 def _reader(suffix: str) -> Callable[[Path, bytes], None]:

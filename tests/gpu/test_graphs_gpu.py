@@ -69,3 +69,19 @@ def test_a_run_whose_step_is_replayed_learns_as_one_whose_step_is_issued(tmp_pat
         found[graphed] = [report.loss for report in recorder.steps] + [report.loss for report in recorder.validations]
     assert found[True] == pytest.approx(found[False], rel=1e-2)
     assert found[True][-1] < found[True][0]
+
+
+def test_a_graph_that_gives_back_its_memory_is_captured_again_at_the_shapes_that_come_then(folder):  # noqa: F811
+    model = step(folder, PackCollator(1536, 8, max_length=512, max_targets=1024)(documents()))[2]
+    run, scale = GraphedStep(model, Observer()), torch.tensor(1e-3, device="cuda")
+    for budget in (1536, 1280):
+        batch = PackCollator(budget, 8, max_length=512, max_targets=1024)(documents())
+        on_gpu = {key: value.cuda() for key, value in batch.items()}
+        expected = eager_step(model)(on_gpu, scale).item()
+        assert [run(on_gpu, scale).item() for _ in range(4)] == pytest.approx([expected] * 4, rel=2e-3)
+        assert run.is_captured
+        held = torch.cuda.memory_reserved()
+        model.zero_grad()
+        run.release()
+        torch.cuda.empty_cache()
+        assert not run.is_captured and torch.cuda.memory_reserved() < held

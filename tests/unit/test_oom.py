@@ -95,6 +95,34 @@ def test_repeated_failures_go_down_to_what_fits_and_keep_it(
     assert len([text for text in observer.warnings if "out of memory" in text]) == 2
 
 
+class Holding(Room):
+    """Keeps memory between steps, as a captured graph does, and has room for smaller pieces once that is given back."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__(tokens)
+        self.released = 0
+
+    def __call__(self, model: nn.Module) -> TrainStep:
+        inner = super().__call__(model)
+
+        def step(batch: Any, scale: torch.Tensor) -> torch.Tensor:
+            assert self.released == self.failures, "tried again beside what is kept"
+            return inner(batch, scale)
+
+        def release() -> None:
+            self.released += 1
+
+        step.release = release  # type: ignore[attr-defined]
+        return step
+
+
+def test_what_a_step_keeps_is_given_back_before_smaller_pieces_are_tried(tmp_path: Path) -> None:
+    holding = Holding(tokens=16)
+    result, _ = train(tmp_path, Scenario(4, 2, config={"num_train_epochs": 1}), make_step=holding)
+    assert result.status == "finished"
+    assert holding.released == holding.failures == 2
+
+
 def test_a_run_that_ran_out_of_memory_ends_where_one_with_room_does(tmp_path: Path) -> None:
     scenario = Scenario(8, 1)
     _, roomy = train(tmp_path / "roomy", scenario)

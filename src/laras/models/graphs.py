@@ -82,6 +82,10 @@ class GraphedStep:
         self._graph.replay()
         return self._loss.clone()
 
+    def release(self) -> None:
+        """Gives back what the graph keeps; later calls capture another one, of the shapes that come then."""
+        self._graph, self._gradients, self._inputs, self._calls = None, [], {}, 0
+
     def _on_side_stream(self, batch: Mapping[str, Tensor], scale: Tensor) -> Tensor:
         """Gradients of a stream that was captured must not depend on work queued elsewhere."""
         self._side.wait_stream(torch.cuda.current_stream())

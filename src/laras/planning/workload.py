@@ -80,7 +80,7 @@ class Workload:
         stats = self.stats
         if stats is None or not stats.histogram_counts:
             return 1.0
-        rows = min(stats.rows, max(_SAMPLED_ROWS, ceil(_SAMPLED_BINS * bin_tokens / stats.mean)))
+        rows = max(_SAMPLED_ROWS, ceil(_SAMPLED_BINS * bin_tokens / stats.mean))
         return _fill(stats.histogram_edges, stats.histogram_counts, stats.max, rows, bin_tokens)
 
     def expected_longest(self, rows: int) -> int:

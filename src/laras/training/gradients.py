@@ -172,6 +172,8 @@ class StepGradients:
                 index = self._piece[0]
                 raise oom.does_not_fit(int(rows.sources[index]), int(rows.lengths[index]), "training on")
             self._model.zero_grad()  # what this step had accumulated so far is computed again
+            if (release := getattr(self._step, "release", None)) is not None:
+                release()  # a graph keeps a whole step's memory, which smaller pieces would have to do without
             free_caches()
             oom.restore_device_random_state(before, self._device)
             self._cut_finer(counters.split_level + 1, text)

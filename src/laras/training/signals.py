@@ -126,7 +126,8 @@ def _received_by(handler: _Handler, again: _Handler | signal.Handlers = signal.S
         yield
     finally:
         for number, before in earlier.items():
-            signal.signal(number, before)
+            if before is not None:  # a handler that is not Python's, which cannot be set again
+                signal.signal(number, before)
 
 
 class EvaluationStopped(Exception):
