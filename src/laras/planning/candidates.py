@@ -82,7 +82,6 @@ class Candidate:
     Attributes:
         case: What decides its memory.
         accumulation: Micro-batches of an optimizer step.
-        packing: Micro-batches are packed bins.
         memory: Predicted in closed form, until simulated.
         tokens_per_s: Useful tokens, padding left out.
         fits: By its memory estimate.
@@ -92,12 +91,16 @@ class Candidate:
 
     case: MemoryCase
     accumulation: int
-    packing: bool
     memory: MemoryEstimate
     tokens_per_s: float
     fits: bool
     replayed: bool = False
     replay_gain: float | None = None
+
+    @property
+    def packing(self) -> bool:
+        """Micro-batches are packed bins."""
+        return self.case.bin_tokens is not None
 
     @property
     def quantised(self) -> bool:
@@ -129,7 +132,7 @@ def candidates(
                 case = _case(config, spec, hardware, precision, work, split, weights, optim, kind)
                 if kind in ("selective", "offload") and not case.fused:
                     continue
-                one = _evaluated(config, spec, hardware, work, case, split.accumulation, packing, budget)
+                one = _evaluated(config, spec, hardware, work, case, split.accumulation, budget)
                 if one.memory.host_bytes <= host_budget_bytes(hardware):
                     found.append(one)
     return sorted(found, key=Candidate.preference)
@@ -270,7 +273,6 @@ def _evaluated(
     work: Workload,
     case: MemoryCase,
     accumulation: int,
-    packing: bool,
     budget: int,
 ) -> Candidate:
     if config.per_device_eval_batch_size != "auto":
@@ -283,17 +285,12 @@ def _evaluated(
                 break
     memory = estimate_memory(spec, case, hardware, budget)
     fits = max(memory.train_peak_reserved_bytes, memory.eval_peak_allocated_bytes) <= budget
-    return Candidate(
-        case, accumulation, packing, memory, _rate(spec, case, hardware, work, packing, accumulation), fits
-    )
+    return Candidate(case, accumulation, memory, _rate(spec, case, hardware, work, accumulation), fits)
 
 
-def _rate(
-    spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, work: Workload, packing: bool, accumulation: int
-) -> float:
+def _rate(spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, work: Workload, accumulation: int) -> float:
     """Useful tokens a second."""
     if case.bin_tokens is not None:
-        useful = work.bin_fill(case.bin_tokens) * case.bin_tokens
         step_s = estimate_step_s(
             spec,
             case,
@@ -304,9 +301,8 @@ def _rate(
         )
     else:
         expected = replace(case, length_tokens=work.expected_longest(case.micro_batch))
-        useful = work.mean_tokens * case.micro_batch
         step_s = estimate_step_s(spec, expected, hardware, target_share=work.target_share, accumulation=accumulation)
-    return useful / step_s
+    return work.useful_tokens(case.micro_batch, case.bin_tokens) / step_s
 
 
 def _splits(config: RunConfig, work: Workload, packing: bool) -> Iterator[Split]:
@@ -351,13 +347,13 @@ def _bins(config: RunConfig, work: Workload) -> Iterator[tuple[float, Split]]:
         most = max(1, int(min(_MOST_TOKENS, work.step_tokens * (1 + EFFECTIVE_SLACKS[-1])) / length))
         for rows in _given(config.per_device_train_batch_size, _thinned(most)):
             bin_tokens = rows * length
-            useful = work.bin_fill(bin_tokens) * bin_tokens
+            useful = work.useful_tokens(rows, bin_tokens)
             accumulation = _given(accumulation_given, [max(1, round(work.step_tokens / useful))])[0]
             yield abs(accumulation * useful / work.step_tokens - 1), Split(rows, accumulation, bin_tokens)
         return
     for accumulation in _given(accumulation_given, _thinned(max(1, ceil(work.step_tokens / length)))):
         bin_tokens = _bin_of(work, work.step_tokens / accumulation)
-        useful = work.bin_fill(bin_tokens) * bin_tokens
+        useful = work.useful_tokens(1, bin_tokens)
         yield abs(accumulation * useful / work.step_tokens - 1), Split(1, accumulation, bin_tokens)
 
 

@@ -150,8 +150,8 @@ def _steps(config: RunConfig, work: Workload, best: Candidate) -> int:
 
 def _examples(work: Workload, best: Candidate) -> float:
     """Of a micro-batch; of a bin on average."""
-    tokens = best.case.bin_tokens
-    return best.case.micro_batch if tokens is None else work.bin_fill(tokens) * tokens / work.mean_tokens
+    rows, bin_tokens = best.case.micro_batch, best.case.bin_tokens
+    return rows if bin_tokens is None else work.useful_tokens(rows, bin_tokens) / work.mean_tokens
 
 
 def _keeps_batch(config: RunConfig, examples: float) -> bool:

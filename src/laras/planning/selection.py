@@ -129,14 +129,14 @@ def _selection(
     others = [
         known.get(_key(one)) or replace(one, tokens_per_s=scale * one.tokens_per_s)
         for one in found
-        if one.case != best.case or one.packing != best.packing
+        if one.case != best.case
     ]
     others.sort(key=lambda one: (not one.fits, *one.preference()))
     return Selection(best, tuple(others), warnings)
 
 
 def _key(one: Candidate) -> tuple[object, ...]:
-    return one.case, one.packing, one.accumulation
+    return one.case, one.accumulation
 
 
 def _by_closed_form(found: list[Candidate], smallest: Candidate, share: float) -> Candidate:
@@ -175,9 +175,7 @@ def _simulated(
         )
         for replayed in (False, True)
     )
-    useful = work.mean_tokens * case.micro_batch
-    if case.bin_tokens:
-        useful = work.bin_fill(case.bin_tokens) * case.bin_tokens
+    useful = work.useful_tokens(case.micro_batch, case.bin_tokens)
     memory = step.memory.model_copy(update={"host_bytes": one.memory.host_bytes})
     issued = replace(one, memory=memory, fits=step.fits, tokens_per_s=useful / step_s)
     return with_replay(config, hardware, issued, choices.trainable_parameters, step_s, replayed_s)

@@ -83,6 +83,10 @@ class Workload:
         rows = max(_SAMPLED_ROWS, ceil(_SAMPLED_BINS * bin_tokens / stats.mean))
         return _fill(stats.histogram_edges, stats.histogram_counts, stats.max, rows, bin_tokens)
 
+    def useful_tokens(self, rows: int, bin_tokens: int | None) -> float:
+        """Tokens of an average micro-batch, padding left out: of so many rows, or of a bin whatever its rows."""
+        return self.mean_tokens * rows if bin_tokens is None else self.bin_fill(bin_tokens) * bin_tokens
+
     def expected_longest(self, rows: int) -> int:
         """Expected length of a padded batch of that many rows, a multiple of 8."""
         stats = self.stats
