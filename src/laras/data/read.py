@@ -69,11 +69,15 @@ def file_rows(path: Path) -> Iterator[SourceRow]:
         ) from None
 
 
+def is_compressed(path: Path) -> bool:
+    """Whether its name says that it is unpacked on the way."""
+    return path.suffix.lower() in COMPRESSIONS
+
+
 def reader_of(path: Path) -> Callable[[Path], Iterator[SourceRow]] | None:
     """What reads files of this name, by its ending, or the one before that of a compression; None: nothing does."""
-    ending = path.suffix.lower()
-    if ending not in COMPRESSIONS:
-        return READERS.get(ending)
+    if not is_compressed(path):
+        return READERS.get(path.suffix.lower())
     reader = READERS.get(Path(path.stem).suffix.lower())
     return None if reader is _parquet_rows else reader  # which is read in no order, and compresses by itself
 
@@ -82,7 +86,7 @@ def reader_of(path: Path) -> Callable[[Path], Iterator[SourceRow]] | None:
 def _opened(path: Path) -> Iterator[BinaryIO]:
     """The file, unpacked on the way where its name says that it is compressed."""
     with path.open("rb") as file:
-        if path.suffix.lower() not in COMPRESSIONS:
+        if not is_compressed(path):
             yield file
             return
         unpacked: Any
@@ -191,13 +195,13 @@ def _json_detail(error: ValueError) -> str:
 
 def _json_rows(path: Path) -> Iterator[SourceRow]:
     """A list of rows, an object with one list, or lines of objects under a name that ends in .json."""
-    is_compressed = path.suffix.lower() in COMPRESSIONS
+    has_limit = is_compressed(path)
     with _opened(path) as file:
-        content = file.read(MAX_LINE_BYTES + 1 if is_compressed else -1)
+        content = file.read(MAX_LINE_BYTES + 1 if has_limit else -1)
     if _is_utf16(content[:3]):
         raise DataError(f"{path}:1: the file is UTF-16, not UTF-8", hint="save it as UTF-8")
     content = content.removeprefix(_BYTE_ORDER_MARK)
-    if is_compressed and len(content) > MAX_LINE_BYTES and not _is_jsonl(content):
+    if has_limit and len(content) > MAX_LINE_BYTES and not _is_jsonl(content):
         raise DataError(
             f"{path}: one JSON document of more than {MAX_LINE_BYTES:,} bytes, the limit of a compressed one",
             hint="unpack it, or write JSONL, which is read line by line",

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from laras.config import BUILTIN_DATASET, DatasetFiles
-from laras.data.read import COMPRESSIONS, READERS, SourceRow, file_rows, reader_of
+from laras.data.read import COMPRESSIONS, READERS, SourceRow, file_rows, is_compressed, reader_of
 from laras.errors import DataError
 from laras.hub import is_out_of_reach
 from laras.records import SourceFile, SplitName
@@ -176,7 +176,7 @@ def _files(paths: list[Path], part: SplitName | None) -> list[Source]:
         if reader_of(path) is None:
             problems.append(f"{path}: unknown kind of file {path.suffix!r}")
             continue
-        plain = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+        plain = path.with_suffix("") if is_compressed(path) else path
         if (twin := by_plain_name.setdefault(plain, path)) != path:
             problems.append(f"{path}: by its name it holds what {twin.name} does, and its rows would count twice")
             continue
