@@ -30,7 +30,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -515,24 +515,33 @@ def packed_or_padded(model: dict[str, Any], choices: Any, rows: int, *, packed: 
     }
 
 
-def _measured(case: Case) -> dict[str, float]:
+@dataclass(frozen=True)
+class Prepared:
+    """A case on the card; `optimizer_step` is its whole step, of `accumulation` micro-batches of `batch`."""
+
+    choices: Any
+    model: Any
+    batch: dict[str, Any]
+    accumulation: int
+    optimizer_step: Callable[[], None]
+
+
+def prepared(case: Case) -> Prepared:
+    """Builds the model of a case with random weights, its optimizer and a batch."""
     import torch
 
     from laras.models import build
-    from laras.models.step import eager_step, path_of, target_losses
+    from laras.models.step import eager_step
     from laras.progress import Observer
 
     choices = choices_of(case)
-    free, total = torch.cuda.mem_get_info()  # context, and paged states that bitsandbytes never gives back
-    held_before = total - free - torch.cuda.memory_reserved()
     with tempfile.TemporaryDirectory() as folder, measuring_base():
         model = build.build_model(_config_folder(case, folder), choices, "cuda", Observer())
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = optimizer_of(choices, parameters)
     step, scale = eager_step(model), torch.ones((), device="cuda")
-    values = _shape(case)
     batch = packed_or_padded(
-        values, choices, choices.per_device_train_batch_size, packed=choices.packing, device="cuda"
+        _shape(case), choices, choices.per_device_train_batch_size, packed=choices.packing, device="cuda"
     )
     accumulation = min(2, choices.gradient_accumulation_steps)
 
@@ -542,32 +551,43 @@ def _measured(case: Case) -> dict[str, float]:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    optimizer_step()
-    optimizer_step()
+    return Prepared(choices, model, batch, accumulation, optimizer_step)
+
+
+def _measured(case: Case) -> dict[str, float]:
+    import torch
+
+    from laras.models.step import path_of, target_losses
+
+    free, total = torch.cuda.mem_get_info()  # context, and paged states that bitsandbytes never gives back
+    held_before = total - free - torch.cuda.memory_reserved()
+    ready = prepared(case)
+    ready.optimizer_step()
+    ready.optimizer_step()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     times = []
     for _ in range(3):
         began = time.perf_counter()
-        optimizer_step()
+        ready.optimizer_step()
         torch.cuda.synchronize()
-        times.append((time.perf_counter() - began) / accumulation)
+        times.append((time.perf_counter() - began) / ready.accumulation)
     row = {
         "train_MiB": torch.cuda.max_memory_allocated() / MIB,
         "reserved_MiB": torch.cuda.max_memory_reserved() / MIB,
         "micro_s": median(times),
-        "fused": float(path_of(model).fused is not None),
+        "fused": float(path_of(ready.model).fused is not None),
         "held_before_MiB": held_before / MIB,
     }
     free, total = torch.cuda.mem_get_info()
     row["process_MiB"] = (total - free) / MIB
-    batch.clear()
-    model.eval()
+    ready.batch.clear()
+    ready.model.eval()
     torch.cuda.reset_peak_memory_stats()
     with torch.no_grad():
-        rows = choices.per_device_eval_batch_size
-        target_losses(model, packed_or_padded(values, choices, rows, packed=False, device="cuda"))
+        rows = ready.choices.per_device_eval_batch_size
+        target_losses(ready.model, packed_or_padded(_shape(case), ready.choices, rows, packed=False, device="cuda"))
     row["eval_MiB"] = torch.cuda.max_memory_allocated() / MIB
     return row
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from laras.planning.work import WorkCounter
+from laras.planning.work import Attention, WorkCounter
 
 _aten: Any = torch.ops.aten
 # Take no time on the device: they make room, or another view.
@@ -33,8 +33,9 @@ _EMPTY = frozenset(
 
 def count_operation(counter: WorkCounter, func: Any, args: tuple[Any, ...], out: Any) -> None:
     """Adds an operation to the counter."""
-    counter.called(in_graph=torch.is_grad_enabled(), by_engine=_is_engine())
-    if func in _EMPTY or func.is_view:
+    is_view = func in _EMPTY or func.is_view
+    counter.called(in_graph=torch.is_grad_enabled(), by_engine=_is_engine(), is_view=is_view)
+    if is_view:
         return
     known = _KNOWN.get(func)
     if known is not None:
@@ -97,34 +98,33 @@ _PRODUCTS: dict[Any, int] = {
 # Products that a token has with each that it attends to, forward and backward: causal attention leaves half of the
 # square out, a mask does not.
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
-_Attended = tuple[int, int, int, int]  # as `laras.planning.work.Attention`
 
 
-def _dense(query: Tensor, products: int) -> _Attended:
+def _dense(query: Tensor, products: int, *, is_masked: bool) -> Attention:
     batch, heads, tokens, channels = query.shape
-    return batch * tokens, heads, channels, products
+    return batch * tokens, heads, channels, products * (2 if is_masked else 1), tokens if is_masked else 0
 
 
-def _flash_forward(args: tuple[Any, ...]) -> _Attended:
+def _flash_forward(args: tuple[Any, ...]) -> Attention:
     is_causal = len(args) > 4 and args[4]
-    return _dense(args[0], FORWARD_PRODUCTS * (1 if is_causal else 2))
+    return _dense(args[0], FORWARD_PRODUCTS, is_masked=not is_causal)
 
 
-def _flash_backward(args: tuple[Any, ...]) -> _Attended:
-    return _dense(args[1], BACKWARD_PRODUCTS)
+def _flash_backward(args: tuple[Any, ...]) -> Attention:
+    return _dense(args[1], BACKWARD_PRODUCTS, is_masked=False)
 
 
-def _efficient_forward(args: tuple[Any, ...]) -> _Attended:
-    return _dense(args[0], FORWARD_PRODUCTS * (2 if args[3] is not None or not args[6] else 1))
+def _efficient_forward(args: tuple[Any, ...]) -> Attention:
+    return _dense(args[0], FORWARD_PRODUCTS, is_masked=args[3] is not None or not args[6])
 
 
-def _efficient_backward(args: tuple[Any, ...]) -> _Attended:
-    return _dense(args[1], BACKWARD_PRODUCTS * (2 if args[4] is not None else 1))
+def _efficient_backward(args: tuple[Any, ...]) -> Attention:
+    return _dense(args[1], BACKWARD_PRODUCTS, is_masked=args[4] is not None)
 
 
-def _varlen(query: Tensor, products: int) -> _Attended:
+def _varlen(query: Tensor, products: int) -> Attention:
     tokens, heads, channels = query.shape
-    return tokens, heads, channels, products
+    return tokens, heads, channels, products, 0
 
 
 _ATTENTION: dict[Any, Any] = {

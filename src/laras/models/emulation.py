@@ -15,7 +15,7 @@ from torch.nn import functional
 from laras.models.counting import BACKWARD_PRODUCTS, FORWARD_PRODUCTS, pointwise
 from laras.models.recording import Recorder
 from laras.models.step import ExecutionPath
-from laras.planning.step_forms import COPY_CALLS
+from laras.planning.step_forms import COPY_CALLS, UPDATE_8BIT_BYTES, UPDATE_8BIT_CALLS
 from laras.planning.work import WorkCounter
 from laras.records import HardwareSpec, Precision
 
@@ -77,8 +77,8 @@ def _count_update(counter: WorkCounter, parameter: nn.Parameter, optim: str) -> 
     """Traffic of one parameter's update, clipping included; the calls are those that go parameter by parameter."""
     count, size = parameter.numel(), parameter.element_size()
     if optim.endswith("8bit"):
-        counter.called(20, in_graph=True)  # some 0.2 ms of Python a parameter
-        counter.launched(count * (3 * size + 4))  # parameter twice, gradient, two states of a byte twice
+        counter.called(UPDATE_8BIT_CALLS, in_graph=True)
+        counter.launched(count * UPDATE_8BIT_BYTES)
     else:
         # A kernel for many parameters: seven tensors; or a list operation after the other, some twenty.
         counter.called()
@@ -174,7 +174,7 @@ def counted_kernels(recorder: Recorder) -> Iterator[None]:
         def call(*args: Any) -> Any:
             recorder.counter.called()
             tokens, heads, channels = args[query].shape
-            recorder.counter.attended(tokens, heads, channels, products)
+            recorder.counter.attended(tokens, heads, channels, products, 0)
             wanted = (args[0], args[query + 3]) if query else ()
             copied = [one for one in wanted if not one.is_contiguous()]  # by FlashAttention: a gradient and an output
             taken = [recorder.request(one.numel() * one.element_size()) for one in copied]

@@ -26,6 +26,8 @@ from laras.planning.work import WorkCounter
 _aten: Any = torch.ops.aten
 # A layer that loops over positions in Python would take minutes; hundreds of layers of experts stay below.
 _MOST_ALLOCATIONS = 300_000
+# What PyTorch's checkpointing does in Python for a layer, hooks of its saved tensors included, as so many operations.
+_CHECKPOINT_CALLS = 45
 _MOST_OF_A_LAYER = 1_000  # requests and frees of its forward; layers without a loop have some 200
 
 
@@ -127,7 +129,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def entered(self, number: int) -> None:
         """A layer's forward begins; within backward it is a checkpointed layer that runs again."""
-        if self._kinds is not None and not self._in_backward:
+        if self._kinds is None:
+            return
+        if self._in_backward:
+            self.counter.called(_CHECKPOINT_CALLS, in_graph=True)
+        else:
             self.begin(self._kinds[0], self._kinds[3], number)
 
     def left(self, number: int, output: Any, *, is_last: bool) -> None:

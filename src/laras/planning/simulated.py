@@ -20,7 +20,7 @@ from laras.records import HardwareSpec, MemoryEstimate, ModelSpec, PlanChoices
 Simulate = Callable[[RunConfig, PlanChoices, int, HardwareSpec, int | None, LargestBatch | None], StepTrace]
 """As `laras.models.simulation.trace_step`; the pipeline hands it in."""
 
-_LAYOUT = 9  # raised whenever what a trace means changes
+_LAYOUT = 10  # raised whenever what a trace means changes
 _STEPS = 4  # that are replayed: what is reserved hardly grows any more
 _TRAINING = ("weights", "states", "batch", "forward", "loss", "backward", "end", "optimizer", "release")
 _MOMENTS = {"loss": "loss", "backward": "backward of a layer", "forward": "forward", "optimizer": "optimizer step"}
@@ -105,7 +105,7 @@ def summary_of(trace: StepTrace, layers: int) -> dict[str, int]:
         "reserved_bytes": result.peak_reserved_bytes,
         "evaluation_bytes": result.allocated_after_first_bytes,
         "paged_bytes": trace.paged_bytes(layers),
-        "calls": sum(part.calls + part.graph_calls + part.engine_calls for part in steps),
+        "calls": sum(part.views + part.calls + part.graph_calls + part.engine_calls for part in steps),
         "moved_bytes": sum(part.moved_bytes for part in steps),
         "product_operations": sum(part.product_operations for part in steps),
     }

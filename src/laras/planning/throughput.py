@@ -24,33 +24,40 @@ class Rates:
     """What a GPU and its host reach; no constant of an architecture.
 
     Attributes:
-        matrix: Share of the dense peak that matrix products reach.
-        attention: That of the attention kernels.
+        matrix: Share of the dense peak that matrix products reach in half precision.
+        matrix_fp32: That in fp32.
+        attention: That of causal attention kernels.
+        attention_masked: That of those which go through the whole square, under a mask.
         attention_start: Tokens that a token seems to attend to besides those it does: blocks that are filled in part.
         bandwidth: Share of the memory bandwidth that everything else reaches.
-        kernel_s: Seconds between two kernels on the device.
-        call_s: Seconds that Python takes for an operation, views included, where autograd does not follow.
+        kernel_s: Seconds that a kernel takes on the device besides what it computes and moves.
+        gap_s: Seconds between two kernels on the device.
+        view_s: Seconds that Python takes for an operation that only makes room, or another view.
+        call_s: Seconds for another, with its launch, where autograd does not follow.
         graph_s: Seconds where it does, with the modules around.
-        engine_s: Seconds that autograd's engine takes for one.
-        launch_s: Seconds more where the operation launches a kernel.
+        engine_s: Seconds that autograd's engine takes for an operation.
         compiled_s: Seconds more where the operation is a kernel of Triton's.
     """
 
     matrix: float
+    matrix_fp32: float
     attention: float
+    attention_masked: float
     attention_start: float
     bandwidth: float
     kernel_s: float
+    gap_s: float
+    view_s: float
     call_s: float
     graph_s: float
     engine_s: float
-    launch_s: float
     compiled_s: float
 
 
 RATES = Rates(
-    matrix=0.71, attention=0.40, attention_start=2300, bandwidth=0.64, kernel_s=0.5e-6,
-    call_s=2.3e-6, graph_s=14.4e-6, engine_s=11.3e-6, launch_s=11e-6, compiled_s=67e-6,
+    matrix=0.72, matrix_fp32=0.54, attention=0.40, attention_masked=0.19, attention_start=2300,
+    bandwidth=0.78, kernel_s=2.9e-6, gap_s=1.9e-6,
+    view_s=5.2e-6, call_s=9.5e-6, graph_s=17.5e-6, engine_s=11.7e-6, compiled_s=44e-6,
 )  # fmt: skip
 # Once a step, however many micro-batches: the adapters' copies, the update, the gradients' release.
 _FIRST, _LAST = ("states", "batch"), ("optimizer", "release")
@@ -58,9 +65,6 @@ _EACH = ("forward", "loss", "backward", "end")
 _AGAIN = " again"  # of a second micro-batch
 # Share of a copy's time that what runs beside it loses. Source: one pair of runs on an H100, 343 and 348 ms.
 _COPY_LOSS = 0.07
-# What a kernel of a graph takes besides what it computes and moves, which shows where it does little of both.
-# Source: one case on an H200, `small_lora_4k@graph=1` of `benchmarks/throughput.py`: 19.7 ms for 1,896 kernels.
-_REPLAYED_S = 4.0e-6
 _STEADY_AFTER = 32  # micro-batches: from then on, each takes as long as the last
 
 
@@ -98,7 +102,7 @@ def recorded_step_s(
     }
     if replayed:
         graph = {kind + again for kind in ("batch", *_EACH) for again in ("", _AGAIN)} & set(seconds)
-        seconds |= {kind: (seconds[kind][0] + _REPLAYED_S * _kernels(work[kind]), 0.0) for kind in graph}
+        seconds |= {kind: (seconds[kind][0], 0.0) for kind in graph}
     if not is_waited_for:
         times = [seconds[kind] for kind in _order(work, accumulation)]
         return max(sum(busy_s for busy_s, _ in times), sum(host_s for _, host_s in times)) / accumulation
@@ -133,10 +137,10 @@ def _seconds(
     share = 1.0 if kind in _FIRST + _LAST else token_share
     if kind.startswith("loss"):
         share *= target_share
-    kernels = _kernels(part)
-    host_s = part.calls * rates.call_s + part.graph_calls * rates.graph_s + part.engine_calls * rates.engine_s
-    host_s += kernels * rates.launch_s + part.compiled * rates.compiled_s
-    return share * _busy_s(part, hardware, rates, span_tokens) + kernels * rates.kernel_s, host_s
+    host_s = part.views * rates.view_s + part.calls * rates.call_s + part.graph_calls * rates.graph_s
+    host_s += part.engine_calls * rates.engine_s + part.compiled * rates.compiled_s
+    busy_s = share * _busy_s(part, hardware, rates, span_tokens, token_share)
+    return busy_s + _kernels(part) * (rates.kernel_s + rates.gap_s), host_s
 
 
 def _kernels(part: Work) -> int:
@@ -152,13 +156,13 @@ def _order(work: Mapping[str, Work], accumulation: int) -> list[str]:
     return [kind for kind in (*order, *_LAST) if kind in work]
 
 
-def _busy_s(part: Work, hardware: HardwareSpec, rates: Rates, span_tokens: float) -> float:
+def _busy_s(part: Work, hardware: HardwareSpec, rates: Rates, span_tokens: float, token_share: float) -> float:
     """Seconds that the device computes or moves."""
-    attention = sum(
-        tokens * heads * channels * products * count for (tokens, heads, channels, products), count in part.attention
-    )
     busy_s = _products_s(part, hardware, rates)
-    busy_s += attention * (span_tokens + rates.attention_start) / (_peak(hardware, 2) * rates.attention)
+    for (tokens, heads, channels, products, row_tokens), count in part.attention:
+        attended = row_tokens * token_share if row_tokens else span_tokens + rates.attention_start
+        share = rates.attention_masked if row_tokens else rates.attention
+        busy_s += tokens * heads * channels * products * count * attended / (_peak(hardware, 2) * share)
     busy_s += part.moved_bytes / (hardware.bandwidth_bytes_per_s * rates.bandwidth)
     copies_s = part.copied_bytes / hardware.host_link_bytes_per_s
     return max(busy_s + _COPY_LOSS * copies_s, copies_s)
@@ -169,7 +173,8 @@ def _products_s(part: Work, hardware: HardwareSpec, rates: Rates) -> float:
     total = 0.0
     bandwidth = hardware.bandwidth_bytes_per_s * rates.bandwidth
     for (rows, inner, columns, size), count in part.products:
-        arithmetic_s = 2 * rows * inner * columns / (_peak(hardware, size) * rates.matrix)
+        share = rates.matrix_fp32 if size == 4 else rates.matrix
+        arithmetic_s = 2 * rows * inner * columns / (_peak(hardware, size) * share)
         operands = size * (rows * inner + inner * columns + rows * columns)
         total += count * max(arithmetic_s, operands / bandwidth)
     return total

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 Product = tuple[int, int, int, int]  # rows, inner, columns, bytes of an element; a batch multiplies its count
-Attention = tuple[int, int, int, int]  # tokens, heads, channels, products of a token with each that it attends to
+# Tokens, heads, channels, products of a token with each that it attends to; and how many tokens there are in a row
+# whose square is gone through whole, under a mask, or 0 where the kernel leaves out what is masked.
+Attention = tuple[int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -15,9 +17,10 @@ class Work:
     """Of a stretch of a step.
 
     Attributes:
-        calls: Operations that Python issues, views included, where autograd does not follow them.
-        graph_calls: Those that Python's modules issue while autograd follows them.
-        engine_calls: Those that autograd's engine issues by itself, in backward.
+        views: Operations that Python issues and that only make room, or another view of it.
+        calls: Others that Python issues, where autograd does not follow them.
+        graph_calls: Others that Python's modules issue while autograd follows them.
+        engine_calls: All that autograd's engine issues by itself, in backward.
         compiled: Of the kernels, those that go through the launcher of a compiler.
         kernels: Operations that run something on the device, matrix products apart.
         moved_bytes: Read and written by them.
@@ -26,6 +29,7 @@ class Work:
         copied_bytes: Copied to main memory or back while the device computes.
     """
 
+    views: int = 0
     calls: int = 0
     graph_calls: int = 0
     engine_calls: int = 0
@@ -38,7 +42,8 @@ class Work:
 
     @property
     def _numbers(self) -> list[Any]:  # a list of `Any`, as arguments in their order
-        return [self.calls, self.graph_calls, self.engine_calls, self.compiled, self.kernels, self.moved_bytes]
+        calls = [self.views, self.calls, self.graph_calls, self.engine_calls]
+        return [*calls, self.compiled, self.kernels, self.moved_bytes]
 
     def to_json(self) -> list[Any]:
         """Plain values, for the cache."""
@@ -49,10 +54,11 @@ class Work:
     def from_json(cls, values: list[Any]) -> Work:
         """The work that `to_json` wrote."""
         attention, products = (
-            tuple(((a, b, c, d), count) for a, b, c, d, count in found) for found in values[_NUMBERS : _NUMBERS + 2]
+            tuple((tuple(key), count) for *key, count in found) for found in values[_NUMBERS : _NUMBERS + 2]
         )
         numbers = cls(*values[:_NUMBERS])
-        return replace(numbers, attention=attention, products=products, copied_bytes=values[_NUMBERS + 2])
+        counts: dict[str, Any] = {"attention": attention, "products": products}
+        return replace(numbers, **counts, copied_bytes=values[_NUMBERS + 2])
 
     def plus(self, other: Work, times: int = 1) -> Work:
         """The sum, the other one taken `times`."""
@@ -77,12 +83,15 @@ class Work:
         return sum(2 * rows * inner * columns * count for (rows, inner, columns, _), count in self.products)
 
 
-_NUMBERS = 6  # of the attributes, those that come first
-
-_Counts = tuple[tuple[tuple[int, int, int, int], int], ...]
+_NUMBERS = 7  # of the attributes, those that come first
 
 
-def _sum(counts: _Counts, more: _Counts, times: int) -> _Counts:
+_Key = TypeVar("_Key", Product, Attention)
+
+
+def _sum(
+    counts: tuple[tuple[_Key, int], ...], more: tuple[tuple[_Key, int], ...], times: int
+) -> tuple[tuple[_Key, int], ...]:
     found = Counter(dict(counts))
     for key, count in more:
         found[key] += times * count
@@ -93,7 +102,7 @@ class WorkCounter:
     """Adds up work while a step is recorded."""
 
     def __init__(self) -> None:
-        self._calls = self._graph_calls = self._engine_calls = 0
+        self._views = self._calls = self._graph_calls = self._engine_calls = 0
         self._compiled = self._kernels = self._moved = self._copied = 0
         self._attention: Counter[Attention] = Counter()
         self._products: Counter[Product] = Counter()
@@ -101,12 +110,14 @@ class WorkCounter:
     @property
     def is_used(self) -> bool:
         """Whether anything was added."""
-        return self._calls + self._graph_calls + self._engine_calls + self._kernels + self._moved > 0
+        return self.total() != Work()
 
-    def called(self, times: int = 1, *, in_graph: bool = False, by_engine: bool = False) -> None:
+    def called(self, times: int = 1, *, in_graph: bool = False, by_engine: bool = False, is_view: bool = False) -> None:
         """Operations were issued: by Python, where autograd follows or not, or by autograd's engine."""
         if by_engine:
             self._engine_calls += times
+        elif is_view:
+            self._views += times
         elif in_graph:
             self._graph_calls += times
         else:
@@ -127,10 +138,10 @@ class WorkCounter:
         self.launched(nbytes)
         self._copied += nbytes
 
-    def attended(self, tokens: int, heads: int, channels: int, products: int) -> None:
+    def attended(self, tokens: int, heads: int, channels: int, products: int, row_tokens: int) -> None:
         """An attention kernel."""
         self._kernels += 1
-        self._attention[tokens, heads, channels, products] += 1
+        self._attention[tokens, heads, channels, products, row_tokens] += 1
 
     def multiplied(self, batch: int, rows: int, inner: int, columns: int, element_bytes: int) -> None:
         """A matrix product, or a batch of them."""
@@ -139,6 +150,7 @@ class WorkCounter:
     def total(self) -> Work:
         """What was added up."""
         return Work(
+            self._views,
             self._calls,
             self._graph_calls,
             self._engine_calls,
