@@ -79,6 +79,7 @@ def _count_update(counter: WorkCounter, parameter: nn.Parameter, optim: str) -> 
     if optim.endswith("8bit"):
         counter.called(UPDATE_8BIT_CALLS, in_graph=True)
         counter.launched(count * UPDATE_8BIT_BYTES)
+        counter.waited()
     else:
         # A kernel for many parameters: seven tensors; or a list operation after the other, some twenty.
         counter.called()

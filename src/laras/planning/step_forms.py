@@ -22,9 +22,10 @@ _UNPACKED_BYTES = 2.6  # read and written for a 4-bit weight each time it is unp
 _LOGIT_BYTES = {"full": 64, "chunked": 6.3}  # moved for every logit
 _UPDATE_BYTES, _COPY_BYTES = 28, 6  # of an adapter's float: its update, its copy beside the weights
 # Of the 8-bit update of a parameter: what bitsandbytes does in Python, as so many operations, and how many bytes of an
-# element would take as long to move, since finding the codes takes longer than moving them. Source: timed on an H200,
-# 27 to 29 ps an element in models of 1.2 to 2.5 billion.
-UPDATE_8BIT_CALLS, UPDATE_8BIT_BYTES = 7, 86
+# element would take as long to move, since finding the codes takes longer than moving them. After each the host waits.
+# Source: timed on an H200, 27 to 29 ps an element in models of 1.2 to 2.5 billion; bitsandbytes 0.50
+# `optim/optimizer.py`, `step`.
+UPDATE_8BIT_CALLS, UPDATE_8BIT_BYTES = 5, 86
 _FUSED_VIEWS, _PLAIN_VIEWS = 0.77, 0.42  # share of a layer's calls that only make room, or another view
 _GATHER_CALLS, _GATHER_KERNELS = 19, 9  # of a batch: embedding, positions
 # Of transformers' layers, for each linear layer and one more: calls of modules, of autograd's engine, kernels, and
@@ -87,7 +88,8 @@ def closed_work(spec: ModelSpec, case: MemoryCase) -> dict[str, Work]:
     copied = Work(calls=4 * tensors, kernels=tensors, moved_bytes=_COPY_BYTES * trained) if case.fused else Work()
     update = Work(calls=tensors, moved_bytes=_UPDATE_BYTES // 4 * size * trained)
     if case.optim.endswith("8bit"):
-        update = Work(graph_calls=UPDATE_8BIT_CALLS * tensors, kernels=tensors, moved_bytes=UPDATE_8BIT_BYTES * trained)
+        moved = UPDATE_8BIT_BYTES * trained
+        update = Work(graph_calls=UPDATE_8BIT_CALLS * tensors, kernels=tensors, moved_bytes=moved, waits=tensors)
     backward = replace(backward, engine_calls=backward.engine_calls + tensors)
     added = replace(backward, kernels=backward.kernels + tensors, moved_bytes=backward.moved_bytes + 3 * size * trained)
     return {

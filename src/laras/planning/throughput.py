@@ -55,9 +55,9 @@ class Rates:
 
 
 RATES = Rates(
-    matrix=0.72, matrix_fp32=0.54, attention=0.40, attention_masked=0.19, attention_start=2300,
-    bandwidth=0.78, kernel_s=2.9e-6, gap_s=1.9e-6,
-    view_s=5.2e-6, call_s=9.5e-6, graph_s=17.5e-6, engine_s=11.7e-6, compiled_s=44e-6,
+    matrix=0.72, matrix_fp32=0.52, attention=0.40, attention_masked=0.195, attention_start=2350,
+    bandwidth=0.79, kernel_s=2.9e-6, gap_s=2.2e-6,
+    view_s=5.2e-6, call_s=9.6e-6, graph_s=17.5e-6, engine_s=11.7e-6, compiled_s=43e-6,
 )  # fmt: skip
 # Once a step, however many micro-batches: the adapters' copies, the update, the gradients' release.
 _FIRST, _LAST = ("states", "batch"), ("optimizer", "release")
@@ -133,14 +133,15 @@ def _seconds(
     token_share: float,
     target_share: float,
 ) -> tuple[float, float]:
-    """How long a part keeps the device and the host busy."""
+    """How long a part keeps the device and the host busy; one after the other where the host waits."""
     share = 1.0 if kind in _FIRST + _LAST else token_share
     if kind.startswith("loss"):
         share *= target_share
     host_s = part.views * rates.view_s + part.calls * rates.call_s + part.graph_calls * rates.graph_s
     host_s += part.engine_calls * rates.engine_s + part.compiled * rates.compiled_s
     busy_s = share * _busy_s(part, hardware, rates, span_tokens, token_share)
-    return busy_s + _kernels(part) * (rates.kernel_s + rates.gap_s), host_s
+    busy_s += _kernels(part) * (rates.kernel_s + rates.gap_s)
+    return (busy_s + host_s, busy_s + host_s) if part.waits else (busy_s, host_s)
 
 
 def _kernels(part: Work) -> int:

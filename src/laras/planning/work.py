@@ -24,6 +24,7 @@ class Work:
         compiled: Of the kernels, those that go through the launcher of a compiler.
         kernels: Operations that run something on the device, matrix products apart.
         moved_bytes: Read and written by them.
+        waits: How often the host waits for the device.
         attention: Calls of the attention kernels and how many there are of each.
         products: Matrix products and how many there are of each.
         copied_bytes: Copied to main memory or back while the device computes.
@@ -36,6 +37,7 @@ class Work:
     compiled: int = 0
     kernels: int = 0
     moved_bytes: int = 0
+    waits: int = 0
     attention: tuple[tuple[Attention, int], ...] = ()
     products: tuple[tuple[Product, int], ...] = ()
     copied_bytes: int = 0
@@ -43,7 +45,7 @@ class Work:
     @property
     def _numbers(self) -> list[Any]:  # a list of `Any`, as arguments in their order
         calls = [self.views, self.calls, self.graph_calls, self.engine_calls]
-        return [*calls, self.compiled, self.kernels, self.moved_bytes]
+        return [*calls, self.compiled, self.kernels, self.moved_bytes, self.waits]
 
     def to_json(self) -> list[Any]:
         """Plain values, for the cache."""
@@ -83,7 +85,7 @@ class Work:
         return sum(2 * rows * inner * columns * count for (rows, inner, columns, _), count in self.products)
 
 
-_NUMBERS = 7  # of the attributes, those that come first
+_NUMBERS = 8  # of the attributes, those that come first
 
 
 _Key = TypeVar("_Key", Product, Attention)
@@ -103,7 +105,7 @@ class WorkCounter:
 
     def __init__(self) -> None:
         self._views = self._calls = self._graph_calls = self._engine_calls = 0
-        self._compiled = self._kernels = self._moved = self._copied = 0
+        self._compiled = self._kernels = self._moved = self._waits = self._copied = 0
         self._attention: Counter[Attention] = Counter()
         self._products: Counter[Product] = Counter()
 
@@ -133,6 +135,10 @@ class WorkCounter:
         """A part of a kernel that works on many tensors."""
         self._moved += moved_bytes
 
+    def waited(self) -> None:
+        """The host goes on when the device has done all that was issued."""
+        self._waits += 1
+
     def copied(self, nbytes: int) -> None:
         """The copy engine moves so many bytes to main memory or back, beside what the device computes."""
         self.launched(nbytes)
@@ -157,6 +163,7 @@ class WorkCounter:
             self._compiled,
             self._kernels,
             self._moved,
+            self._waits,
             tuple(sorted(self._attention.items())),
             tuple(sorted(self._products.items())),
             self._copied,
