@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import laras.training.validation as validation_module
 import tiny_training as tiny
 from laras.errors import OutOfMemoryError
 from laras.models.step import TrainStep, eager_step
-from laras.records import PlanRevision, RunResult
+from laras.record_base import digest_of
+from laras.records import PlanRevision, RunResult, TrainPlan
 from laras.training.checkpoints import list_checkpoints
 from tiny_training import Scenario, metrics, outcome, parameters, train
 
@@ -191,6 +193,25 @@ def test_without_trouble_the_plan_has_no_revision_and_one_of_another_plan_does_n
     result, _ = train(tmp_path / "tight", Scenario(4, 2), make_step=room)
     assert result.parent_digest == Scenario(4, 2).train_plan().digest()
     assert room.calls == 12  # 6 steps of two whole micro-batches
+
+
+def test_the_revision_of_a_plan_that_an_older_version_wrote_is_in_force_until_the_plan_is_changed(
+    tmp_path: Path,
+) -> None:
+    scenario, run = Scenario(8, 1), tmp_path / "run"
+    train(run, scenario, make_step=Room(tokens=32))
+    path = scenario.train_plan().save(run)
+    content = json.loads(path.read_text())
+    del content["choices"]["cuda_graph"], content["warnings"]  # as from before these fields were there
+    path.write_text(json.dumps(content))
+    PlanRevision.load(run).model_copy(update={"parent_digest": digest_of(content)}).save(run)
+    room = Room(tokens=32)
+    train(run, scenario, make_step=room, plan=TrainPlan.load(run))
+    assert room.failures == 0 and room.calls > 0
+    path.write_text(json.dumps({**content, "total_steps": 2}))
+    room = Room(tokens=32)
+    train(run, scenario, make_step=room, plan=TrainPlan.load(run))
+    assert room.failures > 0
 
 
 def test_a_disk_that_takes_no_record_costs_the_record_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

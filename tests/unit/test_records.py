@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,42 @@ def test_a_record_reads_back_equal_with_the_same_digest(tmp_path: Path) -> None:
 def test_any_change_changes_the_digest() -> None:
     assert result().digest() != result(steps=11).digest()
     assert digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1})
+
+
+def written_by_an_older_version(run_dir: Path) -> Path:
+    """The file of a result, from before results had `events`."""
+    path = result().save(run_dir)
+    content = json.loads(path.read_text())
+    del content["events"]
+    path.write_text(json.dumps(content, indent=2))
+    return path
+
+
+def test_a_record_of_an_older_version_keeps_the_digest_that_others_were_built_on(tmp_path: Path) -> None:
+    path = written_by_an_older_version(tmp_path)
+    loaded = RunResult.load(tmp_path)
+    assert loaded == result() and loaded.events == ()
+    assert loaded.digest() == digest_of(json.loads(path.read_text())) != result().digest()
+    loaded.save(tmp_path / "copied")
+    assert RunResult.load(tmp_path / "copied").digest() == loaded.model_copy().digest() == loaded.digest()
+
+
+def test_a_value_that_was_changed_in_a_file_changes_the_digest_whatever_version_wrote_it(tmp_path: Path) -> None:
+    path = written_by_an_older_version(tmp_path)
+    before, content = RunResult.load(tmp_path).digest(), path.read_text()
+    for name, value in {"steps": 11, "train_loss": None, "events": [], "schema_version": 2}.items():
+        path.write_text(json.dumps({**json.loads(content), name: value}))
+        assert RunResult.load(tmp_path).digest() != before
+    path.write_text(json.dumps(json.loads(content), sort_keys=True))  # the same values in another order
+    assert RunResult.load(tmp_path).digest() == before
+
+
+def test_a_changed_copy_of_a_record_has_the_digest_of_the_file_that_it_will_be(tmp_path: Path) -> None:
+    written_by_an_older_version(tmp_path)
+    changed = RunResult.load(tmp_path).model_copy(update={"steps": 11})
+    assert changed.digest() == result(steps=11).digest()
+    changed.save(tmp_path)
+    assert RunResult.load(tmp_path).digest() == changed.digest()
 
 
 def test_a_record_is_frozen_and_refuses_unknown_fields() -> None:

@@ -17,6 +17,7 @@ from example_run import write_example_run
 from laras import formatting
 from laras.cli.report import report_command
 from laras.errors import ConfigError, RunStateError
+from laras.record_base import digest_of
 from laras.records import (
     DatasetProfile,
     EvalResult,
@@ -213,6 +214,26 @@ def test_the_chain_goes_back_to_the_run_it_started_from_and_through_the_revision
     names = ["parent", "profile", "split", "plan", "revision", "result", "evaluation"]
     assert [(link.parent, link.child, link.holds) for link in chain] == [(*pair, True) for pair in pairwise(names)]
     assert "earlier, best, step 40" in Page(write_report([run]).read_text(encoding="utf-8")).text
+
+
+def test_the_chain_of_a_run_of_an_older_version_holds(tmp_path):
+    run = write_example_run(tmp_path / "run", steps=30)
+    parent = None
+    for record, later_field in (
+        (DatasetProfile, "unused_columns"),
+        (SplitManifest, "members_sha256"),
+        (TrainPlan, "remedies"),
+        (RunResult, "events"),
+        (EvalResult, "schema_version"),
+    ):
+        path = run / "records" / f"{record.name}.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        del content[later_field]
+        content["parent_digest"] = parent
+        path.write_text(json.dumps(content), encoding="utf-8")
+        parent = digest_of(content)
+    chain = load_run_data(run).chain
+    assert len(chain) == 4 and all(link.holds for link in chain)
 
 
 @pytest.mark.parametrize(

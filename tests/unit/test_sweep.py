@@ -340,6 +340,18 @@ def test_other_settings_or_other_rows_under_the_same_name_are_refused(whole: Swe
     assert SweepRecord.load(whole.sweep_dir) == whole.record
 
 
+def test_a_split_that_an_older_version_recorded_is_the_same_as_long_as_its_rows_are(whole: SweepOutcome) -> None:
+    path = whole.sweep_dir / "records" / "split.json"
+    kept = path.read_text(encoding="utf-8")
+    content = {**json.loads(kept), "parent_digest": "0" * 64}  # its profile had fewer fields
+    del content["warnings"]
+    try:
+        path.write_text(json.dumps(content), encoding="utf-8")
+        assert sweep("whole").record == whole.record
+    finally:
+        path.write_text(kept, encoding="utf-8")
+
+
 def test_what_cannot_start_is_refused_before_anything_is_read(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError) as caught, monkeypatch.context() as patch:
         patch.setenv("WORLD_SIZE", "2")

@@ -24,7 +24,7 @@ from laras.sweep_record import BASE_CONFIG_NAME, STUDY_NAME, SweepParameter, Swe
 from laras.sweeping.outcome import SweepOutcome, best_of, trial_record, values_text, write_best_config
 from laras.sweeping.space import Search, as_configured, default_space, describe, parse_search
 from laras.sweeping.study import Study, StudyTrial, pruned_step_of, reason_of, require_optuna
-from laras.sweeping.trial import TIME_LIMIT, Trials, other_split
+from laras.sweeping.trial import TIME_LIMIT, Trials, has_same_rows, other_split
 from laras.training.signals import stop_on_signals
 
 DEFAULT_TRIALS = 12
@@ -331,5 +331,5 @@ def _check_same(sweep_dir: Path, config: RunConfig, space: Sequence[SweepParamet
             hint=f"choose another run_name, or go on with it as it is: `laras sweep {sweep_dir}`",
         )
     shared = SplitManifest.load(sweep_dir)
-    if shared.digest() != manifest.digest():
+    if not has_same_rows(shared, manifest):
         raise other_split(shared, manifest)

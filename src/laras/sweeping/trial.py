@@ -122,7 +122,7 @@ class _Watcher(Observer):
             RunStateError: They differ.
         """
         own, shared = SplitManifest.load(self._run_dir), self._trials.split
-        if own.digest() != shared.digest():
+        if not has_same_rows(shared, own):
             self.has_other_split = True
             raise other_split(shared, own)
 
@@ -184,17 +184,26 @@ class _Watcher(Observer):
             self._stop.ask(TIME_LIMIT)
 
 
+def has_same_rows(shared: SplitManifest, found: SplitManifest) -> bool:
+    """Whether both divide the same rows alike; what else they say is a version's own."""
+    return not _other_rows(shared, found)
+
+
 def other_split(shared: SplitManifest, found: SplitManifest) -> RunStateError:
     """The error of data that are no longer those that the sweep began with."""
-    digests = [
-        (name, getattr(shared, name).sha256[:12], getattr(found, name).sha256[:12])
-        for name in ("train", "validation", "test")
-    ]
     return RunStateError(
         "the data have changed since the sweep began: its trials would be compared on other rows",
-        problems=[f"{name}: digest was {old}…, is {new}…" for name, old, new in digests if old != new],
+        problems=[f"{name}: digest was {old[:12]}…, is {new[:12]}…" for name, old, new in _other_rows(shared, found)],
         hint="restore the data and the settings of the split, or start a new sweep with another run_name",
     )
+
+
+def _other_rows(shared: SplitManifest, found: SplitManifest) -> list[tuple[str, str, str]]:
+    """Splits that differ, with both digests of their rows."""
+    digests = [
+        (name, getattr(shared, name).sha256, getattr(found, name).sha256) for name in ("train", "validation", "test")
+    ]
+    return [one for one in digests if one[1] != one[2]]
 
 
 def _evaluation_number(step: int, eval_steps: int) -> int:
