@@ -98,6 +98,7 @@ def test_the_grid_is_the_planners_and_its_settings_run(grid, monkeypatch, tmp_pa
     monkeypatch.setitem(grid.MODELS, "tiny", tiny)
     monkeypatch.setattr(grid, "MAX_LENGTH", 32)
     monkeypatch.setattr(grid, "EFFECTIVE", 4)
+    monkeypatch.setattr(grid, "TIMED_S", 0.0)
     subject = grid.Subject("tiny", four_bit=False)
     settings = grid.grid_of(subject, length=32)
     assert {setting.kind for setting in settings} == {"none", "selective", "full", "offload"}

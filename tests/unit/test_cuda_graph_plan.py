@@ -107,7 +107,7 @@ def test_a_graph_has_gradients_and_workspaces_of_its_own_and_leaves_evaluation_n
     train_gib: int, evaluation_gib: int
 ) -> None:
     issued = simulated(train_gib, evaluation_gib, budget_gib=40)
-    found = with_replay(RunConfig(), H100, issued, trained=10**6, step_s=2.0, replayed_s=1.0)
+    found = with_replay(RunConfig(), H100, issued, issued.at_speed(2.0), trained=10**6)
     before, after = issued.memory, found.memory
     workspace = workspace_bytes(H100) // 2
     graph = 4 * 10**6 + workspace
@@ -121,12 +121,11 @@ def test_a_graph_has_gradients_and_workspaces_of_its_own_and_leaves_evaluation_n
 
 def test_a_graph_that_does_not_fit_is_left_out_or_when_it_is_wanted_refused() -> None:
     spacious, tight = simulated(4, 4, budget_gib=11), simulated(4, 4, budget_gib=10)
-    times = {"trained": 10**6, "step_s": 2.0, "replayed_s": 1.0}
-    assert with_replay(RunConfig(), H100, spacious, **times).replayed
-    left_out = with_replay(RunConfig(), H100, tight, **times)
+    assert with_replay(RunConfig(), H100, spacious, spacious.at_speed(2.0), 10**6).replayed
+    left_out = with_replay(RunConfig(), H100, tight, tight.at_speed(2.0), 10**6)
     assert left_out.fits and not left_out.replayed
     assert replay_reason(RunConfig(), H100, left_out) == "off: there is no memory for it"
-    forced = with_replay(RunConfig(cuda_graph=True), H100, tight, **times)
+    forced = with_replay(RunConfig(cuda_graph=True), H100, tight, tight.at_speed(2.0), 10**6)
     assert forced.replayed and not forced.fits
 
 
@@ -165,5 +164,5 @@ def test_a_plan_in_closed_form_replays_nothing() -> None:
 
 def test_no_gain_is_claimed_where_there_is_none() -> None:
     one = simulated(4, 1, budget_gib=40)
-    same = with_replay(RunConfig(), H100, one, trained=10, step_s=1.0, replayed_s=1.0)
+    same = with_replay(RunConfig(), H100, one, one, trained=10)
     assert (same.replayed, same.replay_gain, same.tokens_per_s) == (False, 0.0, one.tokens_per_s)

@@ -136,7 +136,7 @@ def test_a_simulated_plan_still_says_how_much_main_memory_it_takes(monkeypatch, 
 
     def simulate(config, choices, layers, *_):
         weights = 10**9 if choices.checkpoint_kind == "offload" else 10**12
-        forward = Segment("forward", 0, 0, (10**6, -2), Work(calls=1000))
+        forward = Segment("forward", 0, 0, (10**6, -2), Work(calls=1000, moved_bytes=10**6))
         return StepTrace(layers, (Segment("weights", 0, -1, (weights,)), forward))
 
     hardware = find_gpu("rtx 4060 ti 16gb").to_hardware()
@@ -363,7 +363,7 @@ def test_of_candidates_about_as_fast_the_simulated_steps_decide(monkeypatch, tmp
     def simulate(config, choices, layers, hardware, documents, largest):
         seen.append(choices.per_device_train_batch_size)
         # Everything fits; the second one asked for has a tenth of the host's work.
-        work = Work(calls=10_000 if len(seen) == 1 else 1_000)
+        work = Work(calls=10_000 if len(seen) == 1 else 1_000, moved_bytes=10**6)
         return StepTrace(layers, (Segment("weights", 0, -1, (10**9,)), Segment("forward", 0, 0, (10**6, -2), work)))
 
     config = RunConfig(max_length=1024, cuda_graph=False)

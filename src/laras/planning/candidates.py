@@ -21,7 +21,7 @@ from laras.planning.memory import (
     context_bytes,
     estimate_memory,
 )
-from laras.planning.throughput import estimate_step_s
+from laras.planning.throughput import BUSY_HOST, RATES, Rates, estimate_step_s
 from laras.planning.workload import Workload
 from laras.records import CheckpointKind, HardwareSpec, LossKind, MemoryEstimate, ModelSpec, Optim, Precision
 
@@ -84,6 +84,7 @@ class Candidate:
         accumulation: Micro-batches of an optimizer step.
         memory: Predicted in closed form, until simulated.
         tokens_per_s: Useful tokens, padding left out.
+        busy_tokens_per_s: The same on a host with other work, by which candidates are compared.
         fits: By its memory estimate.
         replayed: The step is a CUDA graph.
         replay_gain: Share of the time that it saves, or would save; None before a simulation.
@@ -93,6 +94,7 @@ class Candidate:
     accumulation: int
     memory: MemoryEstimate
     tokens_per_s: float
+    busy_tokens_per_s: float
     fits: bool
     replayed: bool = False
     replay_gain: float | None = None
@@ -110,7 +112,12 @@ class Candidate:
     @property
     def worth(self) -> float:
         """The speed, less what the main memory is worth that it takes."""
-        return self.tokens_per_s * (1 - _HOST_PRICE * self.memory.host_bytes / 2**30)
+        return self.busy_tokens_per_s * (1 - _HOST_PRICE * self.memory.host_bytes / 2**30)
+
+    def at_speed(self, times_as_fast: float) -> Candidate:
+        """The same, so many times as fast."""
+        free, busy = times_as_fast * self.tokens_per_s, times_as_fast * self.busy_tokens_per_s
+        return replace(self, tokens_per_s=free, busy_tokens_per_s=busy)
 
     def preference(self) -> tuple[bool, bool, float, int]:
         """Sorts the best first: full precision, then exact optimizer states, then worth, then memory."""
@@ -285,10 +292,13 @@ def _evaluated(
                 break
     memory = estimate_memory(spec, case, hardware, budget)
     fits = max(memory.train_peak_reserved_bytes, memory.eval_peak_allocated_bytes) <= budget
-    return Candidate(case, accumulation, memory, _rate(spec, case, hardware, work, accumulation), fits)
+    free, busy = (_rate(spec, case, hardware, work, accumulation, RATES.on_host(slower)) for slower in (1.0, BUSY_HOST))
+    return Candidate(case, accumulation, memory, free, busy, fits)
 
 
-def _rate(spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, work: Workload, accumulation: int) -> float:
+def _rate(
+    spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, work: Workload, accumulation: int, rates: Rates
+) -> float:
     """Useful tokens a second."""
     if case.bin_tokens is not None:
         step_s = estimate_step_s(
@@ -298,10 +308,13 @@ def _rate(spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, work: Workl
             attended_tokens=work.attended_tokens,
             target_share=work.target_share,
             accumulation=accumulation,
+            rates=rates,
         )
     else:
         expected = replace(case, length_tokens=work.expected_longest(case.micro_batch))
-        step_s = estimate_step_s(spec, expected, hardware, target_share=work.target_share, accumulation=accumulation)
+        step_s = estimate_step_s(
+            spec, expected, hardware, target_share=work.target_share, accumulation=accumulation, rates=rates
+        )
     return work.useful_tokens(case.micro_batch, case.bin_tokens) / step_s
 
 

@@ -35,19 +35,18 @@ def replay_refusal(config: RunConfig, hardware: HardwareSpec, one: Candidate) ->
 
 
 def with_replay(
-    config: RunConfig, hardware: HardwareSpec, one: Candidate, trained: int, step_s: float, replayed_s: float
+    config: RunConfig, hardware: HardwareSpec, one: Candidate, replayed: Candidate, trained: int
 ) -> Candidate:
     """The candidate, replayed if that is wanted, or worth it and there is the memory.
 
     Args:
         config: What the user wants.
         hardware: The device.
-        one: Simulated.
+        one: Simulated; the host issues its steps.
+        replayed: The same at the speed of a graph.
         trained: Parameters that are trained.
-        step_s: Of a micro-batch that the host issues.
-        replayed_s: Of one that is replayed.
     """
-    gain = 1 - replayed_s / step_s
+    gain = 1 - one.tokens_per_s / replayed.tokens_per_s
     one = replace(one, replay_gain=gain)
     if config.cuda_graph is False or replay_refusal(config, hardware, one) is not None:
         return one
@@ -55,7 +54,7 @@ def with_replay(
     fits = one.fits and memory.train_peak_reserved_bytes <= memory.device_budget_bytes
     if config.cuda_graph == "auto" and (gain < _LEAST_GAIN or not fits):
         return one
-    return replace(one, replayed=True, memory=memory, fits=fits, tokens_per_s=one.tokens_per_s * step_s / replayed_s)
+    return replace(replayed, replayed=True, replay_gain=gain, memory=memory, fits=fits)
 
 
 def replay_reason(config: RunConfig, hardware: HardwareSpec, best: Candidate) -> str:

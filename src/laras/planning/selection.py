@@ -11,7 +11,7 @@ from laras.planning.candidates import LOSS_CHUNK_TOKENS, Candidate, device_budge
 from laras.planning.cuda_graph import with_replay
 from laras.planning.memory import adapted_layers, lora_parameters
 from laras.planning.simulated import Simulate, simulated_step
-from laras.planning.throughput import recorded_step_s
+from laras.planning.throughput import BUSY_HOST, RATES, recorded_step_s
 from laras.planning.workload import Workload
 from laras.records import HardwareSpec, ModelSpec, PlanChoices
 
@@ -126,11 +126,7 @@ def _selection(
     by_closed_form = max((one.tokens_per_s for one in found if _key(one) == _key(best)), default=best.tokens_per_s)
     scale = best.tokens_per_s / by_closed_form
     known = {_key(one): one for one in simulated}
-    others = [
-        known.get(_key(one)) or replace(one, tokens_per_s=scale * one.tokens_per_s)
-        for one in found
-        if one.case != best.case
-    ]
+    others = [known.get(_key(one)) or one.at_speed(scale) for one in found if one.case != best.case]
     others.sort(key=lambda one: (not one.fits, *one.preference()))
     return Selection(best, tuple(others), warnings)
 
@@ -163,22 +159,32 @@ def _simulated(
     step = simulated_step(simulate, config, choices, spec, hardware, budget, documents, largest)
     expected = case.bin_tokens or work.expected_longest(case.micro_batch)
     recorded = case.bin_tokens or case.micro_batch * largest.row_tokens
-    step_s, replayed_s = (
-        recorded_step_s(
+    useful = work.useful_tokens(case.micro_batch, case.bin_tokens)
+
+    def rate(times_as_slow: float, *, replayed: bool) -> float:
+        return useful / recorded_step_s(
             step.work,
             hardware,
+            RATES.on_host(times_as_slow),
             span_tokens=work.attended_tokens if one.packing else expected,
             target_share=work.target_share * recorded / (largest.target_tokens or recorded),
             token_share=expected / largest.row_tokens,
             accumulation=one.accumulation,
             replayed=replayed,
         )
+
+    memory = step.memory.model_copy(update={"host_bytes": one.memory.host_bytes})
+    issued, replayed = (
+        replace(
+            one,
+            memory=memory,
+            fits=step.fits,
+            tokens_per_s=rate(1.0, replayed=replayed),
+            busy_tokens_per_s=rate(BUSY_HOST, replayed=replayed),
+        )
         for replayed in (False, True)
     )
-    useful = work.useful_tokens(case.micro_batch, case.bin_tokens)
-    memory = step.memory.model_copy(update={"host_bytes": one.memory.host_bytes})
-    issued = replace(one, memory=memory, fits=step.fits, tokens_per_s=useful / step_s)
-    return with_replay(config, hardware, issued, choices.trainable_parameters, step_s, replayed_s)
+    return with_replay(config, hardware, issued, replayed, choices.trainable_parameters)
 
 
 def resolved_choices(

@@ -26,8 +26,8 @@ _UPDATE_BYTES, _COPY_BYTES = 28, 6  # of an adapter's float: its update, its cop
 # Source: timed on an H200, 27 to 29 ps an element in models of 1.2 to 2.5 billion; bitsandbytes 0.50
 # `optim/optimizer.py`, `step`.
 UPDATE_8BIT_CALLS, UPDATE_8BIT_BYTES = 5, 86
-_FUSED_VIEWS, _PLAIN_VIEWS = 0.77, 0.42  # share of a layer's calls that only make room, or another view
-_GATHER_CALLS, _GATHER_KERNELS = 19, 9  # of a batch: embedding, positions
+_PLAIN_VIEWS = 0.42  # share of the calls of a transformers' layer that only make room, or another view
+_GATHERED = Work(views=20, calls=9, kernels=9)  # of a batch: embedding, positions
 # Of transformers' layers, for each linear layer and one more: calls of modules, of autograd's engine, kernels, and
 # tensors of the layer's hidden and feed-forward size that these read or write.
 _PLAIN_FORWARD = {"calls": 23, "engine": 0, "kernels": 9.5, "traffic": 5.0}
@@ -47,34 +47,39 @@ class _Fused:
     """Operations of a fused layer, and what every chunk of its feed-forward part but the first adds.
 
     Attributes:
-        calls: Issued by Python.
+        views: Issued by Python, which only make room or another view.
+        calls: Others.
         compiled: Kernels of the product's own.
         kernels: All but matrix products.
-        more: The same three, for another chunk.
-        unpacking: The same three, where weights are 4-bit ones.
+        more: The same four, for another chunk.
+        unpacking: The same four, where weights are 4-bit ones.
     """
 
+    views: int
     calls: int
     compiled: int
     kernels: int
-    more: tuple[int, int, int] = (0, 0, 0)
-    unpacking: tuple[int, int, int] = (15, 4, 4)
+    more: tuple[int, int, int, int] = (0, 0, 0, 0)
+    unpacking: tuple[int, int, int, int] = (11, 4, 4, 4)
 
     def work(self, layers: int, chunks: int, *, four_bit: bool) -> Work:
-        numbers = (self.calls, self.compiled, self.kernels)
-        calls, compiled, kernels = (
+        numbers = (self.views, self.calls, self.compiled, self.kernels)
+        views, calls, compiled, kernels = (
             layers * (number + (chunks - 1) * more + (unpacking if four_bit else 0))
             for number, more, unpacking in zip(numbers, self.more, self.unpacking, strict=True)
         )
-        views = round(_FUSED_VIEWS * calls)
-        return Work(views=views, calls=calls - views, compiled=compiled, kernels=kernels)
+        return Work(views=views, calls=calls, compiled=compiled, kernels=kernels)
 
 
-_FORWARD = {"none": _Fused(74, 5, 9), "selective": _Fused(71, 5, 7, (31, 2, 2)), "full": _Fused(69, 5, 7, (30, 2, 2))}
+_FORWARD = {
+    "none": _Fused(56, 18, 5, 9),
+    "selective": _Fused(55, 16, 5, 7, (25, 6, 2, 2)),
+    "full": _Fused(53, 16, 5, 7, (24, 6, 2, 2)),
+}
 _BACKWARD = {
-    "none": _Fused(115, 5, 14),
-    "selective": _Fused(161, 8, 22, (54, 3, 8)),
-    "full": _Fused(202, 11, 27, (68, 3, 8), (42, 8, 9)),
+    "none": _Fused(93, 22, 5, 14),
+    "selective": _Fused(127, 34, 8, 22, (39, 15, 3, 8)),
+    "full": _Fused(158, 44, 11, 27, (50, 18, 3, 8), (31, 11, 8, 9)),
 }
 
 
@@ -84,8 +89,7 @@ def closed_work(spec: ModelSpec, case: MemoryCase) -> dict[str, Work]:
     tensors = _trained_tensors(spec, case)
     size = 4 if case.adapters != "compute" and not case.full else _element(case)
     trained = spec.total_parameters if case.full else _adapter_parameters(spec, case)
-    gathered = Work(calls=_GATHER_CALLS, kernels=_GATHER_KERNELS)
-    copied = Work(calls=4 * tensors, kernels=tensors, moved_bytes=_COPY_BYTES * trained) if case.fused else Work()
+    copied = Work(calls=tensors, kernels=tensors, moved_bytes=_COPY_BYTES * trained) if case.fused else Work()
     update = Work(calls=tensors, moved_bytes=_UPDATE_BYTES // 4 * size * trained)
     if case.optim.endswith("8bit"):
         moved = UPDATE_8BIT_BYTES * trained
@@ -93,11 +97,11 @@ def closed_work(spec: ModelSpec, case: MemoryCase) -> dict[str, Work]:
     backward = replace(backward, engine_calls=backward.engine_calls + tensors)
     added = replace(backward, kernels=backward.kernels + tensors, moved_bytes=backward.moved_bytes + 3 * size * trained)
     return {
-        "batch": gathered.plus(copied),
+        "batch": _GATHERED.plus(copied),
         "forward": forward,
         "loss": _loss(spec, case),
         "backward": backward,
-        "batch again": gathered,
+        "batch again": _GATHERED,
         "backward again": added,
         "optimizer": update,
     }
@@ -128,7 +132,7 @@ def _loss(spec: ModelSpec, case: MemoryCase) -> Work:
         products[*product, element] += chunks
     moved = int(tokens * words * _LOGIT_BYTES[case.loss_kind])
     if case.loss_kind == "chunked":
-        issued = Work(10 + 3 * chunks, 3 + 5 * chunks, 7, 1, 2 + chunks, 14 + chunks, moved)
+        issued = Work(7 + 5 * chunks, 9 + 3 * chunks, 4, 1, 2 + chunks, 14 + chunks, moved)
     else:
         issued = Work(10, 0, 18, 25, 0, 38, moved)
     return replace(issued, products=tuple(sorted(products.items())))
