@@ -155,6 +155,18 @@ SCENARIOS = {
 }  # fmt: skip
 
 
+@dataclass
+class StepOf:
+    """A training step made of a function."""
+
+    call: Callable[[Any, Tensor], Tensor]
+    release: Callable[[], None] = lambda: None
+    rehearsals: int = 1
+
+    def __call__(self, batch: Any, scale: Tensor) -> Tensor:
+        return self.call(batch, scale)
+
+
 class Recorder(Observer):
     """Keeps what it is told."""
 

@@ -107,7 +107,7 @@ class Tightening:
                 allow(self.extra_bytes)
             return inner(batch, scale)
 
-        return step
+        return tiny.StepOf(step)
 
 
 def test_a_run_that_really_runs_out_of_memory_ends_where_one_with_room_does(tmp_path: Path) -> None:
@@ -136,7 +136,7 @@ def test_the_new_size_is_recorded_and_a_resume_begins_with_it(tmp_path: Path) ->
             sizes.append(len(batch["input_ids"]))
             return inner(batch, scale)
 
-        return step
+        return tiny.StepOf(step)
 
     train(tmp_path / "run", recording, rehearse=False)  # from the beginning: no checkpoint tells it
     assert max(sizes) <= max(1, 8 >> revision.train_split_level)

@@ -18,7 +18,7 @@ from laras.records import RunResult
 from laras.training.checkpoints import list_checkpoints
 from laras.training.numbers import LossWatch, Stopping
 from laras.whole_folder import require_whole
-from tiny_training import Scenario, parameters, train
+from tiny_training import Scenario, StepOf, parameters, train
 
 
 class Poison:
@@ -41,7 +41,7 @@ class Poison:
                 next(p for p in model.parameters() if p.requires_grad).grad.view(-1)[0] = self.value
             return loss
 
-        return step
+        return StepOf(step)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -13,7 +13,7 @@ from laras.models.build import build_model
 from laras.models.fused.offload import HostInputs
 from laras.models.step import TrainStep, eager_step
 from laras.progress import Observer
-from tiny_training import Scenario, outcome, save_base, train
+from tiny_training import Scenario, StepOf, outcome, save_base, train
 
 
 class Room:
@@ -39,7 +39,7 @@ class Room:
             finally:
                 handle.remove()
 
-        return step
+        return StepOf(step)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from laras.models.step import TrainStep, eager_step
 from laras.record_base import digest_of
 from laras.records import PlanRevision, RunResult, TrainPlan
 from laras.training.checkpoints import list_checkpoints
-from tiny_training import Scenario, metrics, outcome, parameters, train
+from tiny_training import Scenario, StepOf, metrics, outcome, parameters, train
 
 PACKED = {"packing": True}
 
@@ -43,7 +43,7 @@ class Room:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             return loss
 
-        return step
+        return StepOf(step)
 
 
 @pytest.fixture
@@ -114,8 +114,7 @@ class Holding(Room):
         def release() -> None:
             self.released += 1
 
-        step.release = release  # type: ignore[attr-defined]
-        return step
+        return StepOf(step, release)
 
 
 def test_what_a_step_keeps_is_given_back_before_smaller_pieces_are_tried(tmp_path: Path) -> None:
@@ -160,7 +159,7 @@ class RoomUntil(Room):
                 raise Died
             return inner(batch, scale)
 
-        return step
+        return StepOf(step)
 
 
 @pytest.mark.parametrize("packed", [False, True])

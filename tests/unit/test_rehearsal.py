@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from test_oom import Room
+from torch import Tensor, nn
 
 import tiny_training as tiny
+from laras.models.step import TrainStep, eager_step
 from laras.training.batches import TokenRows, TrainBatches
-from tiny_training import SCENARIOS, Scenario, outcome, train
+from tiny_training import SCENARIOS, Scenario, StepOf, outcome, train
 
 
 @pytest.mark.parametrize("name", ["padded", "packed"])
@@ -31,6 +35,37 @@ def test_a_rehearsed_run_is_the_same_run_to_the_byte(tmp_path: Path, name: str) 
 def test_a_batch_that_does_not_fit_is_found_before_the_first_step(tmp_path: Path) -> None:
     result, _ = train(tmp_path, Scenario(8, 1), make_step=Room(tokens=64), rehearse=True)
     assert [(event.step, event.kind) for event in result.events] == [(0, "out_of_memory"), (0, "rehearsal")]
+
+
+@pytest.mark.parametrize("rehearsals", [1, 3])
+def test_the_largest_batch_is_run_until_the_step_holds_all_that_it_will_ever_hold(
+    tmp_path: Path, rehearsals: int
+) -> None:
+    calls = []
+
+    def counted(model: nn.Module) -> TrainStep:
+        inner = eager_step(model)
+
+        def step(batch: Any, scale: Tensor) -> Tensor:
+            calls.append(batch)
+            return inner(batch, scale)
+
+        return StepOf(step, rehearsals=rehearsals)
+
+    result, _ = train(tmp_path, Scenario(8, 1), make_step=counted, rehearse=True)
+    assert len(calls) == rehearsals + result.steps
+
+
+def test_an_eager_step_keeps_nothing_it_is_rehearsed_once_and_gives_nothing_back() -> None:
+    step, batch = eager_step(tiny.model()), tiny_batch()
+    before = step(batch, torch.tensor(1.0))
+    step.release()
+    assert step.rehearsals == 1 and torch.equal(step(batch, torch.tensor(1.0)), before)
+
+
+def tiny_batch() -> dict[str, Tensor]:
+    ids_BT = torch.arange(1, 13).view(2, 6)
+    return {"input_ids": ids_BT, "labels": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
 
 
 @pytest.mark.parametrize("packing", [False, True])

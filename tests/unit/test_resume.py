@@ -23,7 +23,7 @@ from laras.progress import Observer
 from laras.records import RunResult
 from laras.training.checkpoints import list_checkpoints
 from laras.training.resume import choose_checkpoint
-from tiny_training import SCENARIOS, Recorder, Scenario, outcome, train
+from tiny_training import SCENARIOS, Recorder, Scenario, StepOf, outcome, train
 
 
 class Killed(Exception):
@@ -38,7 +38,7 @@ def dying_step(model: nn.Module, calls: int) -> TrainStep:
             raise Killed
         return inner(batch, scale)
 
-    return step
+    return StepOf(step)
 
 
 @pytest.mark.parametrize("name", ["padded", "packed", "early_stopping", "accumulation", "full", "qlora"])

@@ -40,7 +40,7 @@ class GraphedStep:
         observer: Is told when capturing fails.
 
     Attributes:
-        rehearsals: Calls after which it holds all the memory that it will ever hold.
+        rehearsals: See `laras.models.step.TrainStep`; the eager calls and the one that captures.
     """
 
     rehearsals = _EAGER_STEPS + 1

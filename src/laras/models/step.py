@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,27 @@ from laras.models.heads import plain_head
 
 EVALUATION_CHUNK = 1024  # target tokens whose logits exist at once
 
-TrainStep = Callable[[Mapping[str, Tensor], Tensor], Tensor]
-"""Batch and scale to the detached summed loss; the gradients of loss x scale are added to `.grad`."""
+
+class TrainStep(Protocol):
+    """Forward and backward of a model on its device."""
+
+    @property
+    def rehearsals(self) -> int:
+        """Calls after which it holds all the memory that it will ever hold."""
+
+    def __call__(self, batch: Mapping[str, Tensor], scale: Tensor) -> Tensor:
+        """Adds the gradients of loss x scale to `.grad`.
+
+        Args:
+            batch: On the model's device.
+            scale: A scalar there.
+
+        Returns:
+            The summed loss, a detached scalar.
+        """
+
+    def release(self) -> None:
+        """Gives back what it keeps between calls; the next ones may take longer."""
 
 
 @dataclass(frozen=True)
@@ -126,13 +145,24 @@ def summed_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
 
 def eager_step(model: nn.Module) -> TrainStep:
     """Forward and backward through autograd, whatever path the model has."""
+    return _EagerStep(model)
 
-    def step(batch: Mapping[str, Tensor], scale: Tensor) -> Tensor:
-        loss = summed_loss(model, batch)
+
+@dataclass(frozen=True)
+class _EagerStep:
+    """A `TrainStep` of which every call is like the first."""
+
+    model: nn.Module
+    rehearsals: int = 1
+
+    def __call__(self, batch: Mapping[str, Tensor], scale: Tensor) -> Tensor:
+        """See `TrainStep`."""
+        loss = summed_loss(self.model, batch)
         (loss * scale).backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    return step
+    def release(self) -> None:
+        """Nothing is kept."""
 
 
 def _inputs(model: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ class StepGradients:
 
     def rehearse(self, micro: MicroBatch) -> None:
         """One micro-batch forward and backward, as often as a step needs to be as it stays; gradients are left."""
-        for _ in range(getattr(self._step, "rehearsals", 1)):
+        for _ in range(self._step.rehearsals):
             self._until_it_fits(lambda: self._accumulate((micro,), 1.0))
 
     def _accumulate(self, micro_batches: tuple[MicroBatch, ...], scale: float) -> Tensor:
@@ -172,8 +172,7 @@ class StepGradients:
                 index = self._piece[0]
                 raise oom.does_not_fit(int(rows.sources[index]), int(rows.lengths[index]), "training on")
             self._model.zero_grad()  # what this step had accumulated so far is computed again
-            if (release := getattr(self._step, "release", None)) is not None:
-                release()  # a graph keeps a whole step's memory, which smaller pieces would have to do without
+            self._step.release()  # a graph keeps a whole step's memory, which smaller pieces would have to do without
             free_caches()
             oom.restore_device_random_state(before, self._device)
             self._cut_finer(counters.split_level + 1, text)
