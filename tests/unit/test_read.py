@@ -425,6 +425,34 @@ def test_compressed_text_is_read_as_what_it_stands_for(tmp_path, name, content, 
         assert [row.line for row in file_rows(packed)] == [1, 2]
 
 
+@pytest.mark.parametrize("ending", ["", *PACKED])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_file_of_lines_is_opened_once_and_known_by_its_first_bytes_however_they_are_packed(
+    tmp_path, monkeypatch, name, ending
+):
+    pack, opened, original = PACKED.get(ending, bytes), [], Path.open
+
+    def spied(path, *given, **named):
+        opened.append(path)
+        return original(path, *given, **named)
+
+    def in_parts(content):
+        return write(tmp_path / f"{name}{ending}", b"".join(pack(content[at : at + 1]) for at in range(len(content))))
+
+    text = b"text\nonce\n" if name == "a.csv" else b'{"text": "once"}\n'
+    monkeypatch.setattr(Path, "open", spied)
+    for content in (text, b"\xef\xbb\xbf" + text):
+        path = in_parts(content)
+        opened.clear()
+        assert good(path) == [ROW]
+        assert opened == [path]
+    for content in (text.decode().encode("utf-16"), text.decode().encode("utf-16-le"), b"\n\0" + text):
+        with pytest.raises(DataError, match="the file is UTF-16"):
+            list(file_rows(in_parts(content)))
+    for content in (b"", b"\n"):
+        assert good(in_parts(content)) == []
+
+
 @pytest.mark.parametrize("dataset", ["", "*.jsonl*"])
 @pytest.mark.parametrize("names", [("a.jsonl", "a.jsonl.gz"), ("a.jsonl.gz", "a.jsonl.zst")])
 def test_a_file_and_its_compressed_twin_are_not_both_read(tmp_path, names, dataset):

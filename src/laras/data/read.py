@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import orjson
 
@@ -83,7 +83,7 @@ def reader_of(path: Path) -> Callable[[Path], Iterator[SourceRow]] | None:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
+def _opened(path: Path) -> Iterator[io.BufferedReader[Any]]:
     """The file, unpacked on the way where its name says that it is compressed."""
     with path.open("rb") as file:
         if not is_compressed(path):
@@ -146,10 +146,9 @@ def _jsonl_rows(path: Path) -> Iterator[SourceRow]:
 def _lines(path: Path) -> Iterator[tuple[int, bytes | str, bool]]:
     """Number, content (or what is wrong with it) and whether a line end follows, without ever holding a huge line."""
     with _opened(path) as file:
-        start = file.read(3)
-    if _is_utf16(start):
-        raise DataError(f"{path}:1: the file is UTF-16, not UTF-8", hint="save it as UTF-8")
-    with _opened(path) as file:
+        start = file.peek(3)[:3]  # of all that fills a buffer: neither a file nor what unpacks one stops before
+        if _is_utf16(start):
+            raise DataError(f"{path}:1: the file is UTF-16, not UTF-8", hint="save it as UTF-8")
         if start == _BYTE_ORDER_MARK:
             file.read(len(start))
         number = 0
