@@ -14,6 +14,8 @@ from laras.planning.catalogue import find_gpu
 from laras.planning.cuda_graph import replay_reason, with_replay
 from laras.planning.memory import workspace_bytes
 from laras.planning.planner import plan_training
+from laras.planning.selection import select
+from laras.planning.simulated import Simulate
 from laras.planning.throughput import recorded_step_s
 from laras.planning.trace import Segment, StepTrace
 from laras.planning.work import Work
@@ -25,6 +27,7 @@ LLAMA = {
     "model_type": "llama", "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8, "vocab_size": 32_000,
     "max_position_embeddings": 8192,
 }  # fmt: skip
+SPEC = model_spec_from_config(LLAMA, "m")
 HOST_LIMITED = {"forward": Work(calls=10_000, moved_bytes=10**6)}
 GPU_LIMITED = {"forward": Work(calls=100, moved_bytes=10**12)}
 
@@ -34,7 +37,9 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
     monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path))
 
 
-def plan(work: dict[str, Work], hardware: Any = H100, **keys: Any) -> TrainPlan:
+def recorded(work: dict[str, Work]) -> Simulate:
+    """A simulation whose every step takes this work."""
+
     def simulate(config: Any, choices: Any, layers: int, *_: Any) -> StepTrace:
         segments = (
             Segment("weights", 0, -1, (10**9,)),
@@ -42,8 +47,12 @@ def plan(work: dict[str, Work], hardware: Any = H100, **keys: Any) -> TrainPlan:
         )
         return StepTrace(layers, segments)
 
+    return simulate
+
+
+def plan(work: dict[str, Work], hardware: Any = H100, **keys: Any) -> TrainPlan:
     config = RunConfig(max_length=1024, **keys)
-    return plan_training(config, None, None, model_spec_from_config(LLAMA, "m"), hardware, simulate)
+    return plan_training(config, None, None, SPEC, hardware, recorded(work))
 
 
 def test_a_step_that_the_host_limits_is_replayed_and_the_plan_tells_the_time_that_it_saves() -> None:
@@ -52,6 +61,24 @@ def test_a_step_that_the_host_limits_is_replayed_and_the_plan_tells_the_time_tha
     assert replayed.time.tokens_per_s > 2 * issued.time.tokens_per_s
     assert replayed.reasons["cuda_graph"].startswith("on: the host issues a step more slowly than the GPU runs it")
     assert issued.reasons["cuda_graph"] == "as configured"
+
+
+def test_an_alternative_that_cannot_be_replayed_has_the_speed_of_a_step_that_the_host_issues() -> None:
+    def speeds(wanted: bool) -> dict[tuple[str, int | None], float]:
+        config = RunConfig(max_length=1024, cuda_graph=wanted, gradient_checkpointing=True)
+        work = workload(config, None, None, SPEC)
+        found = candidates(config.model_copy(update={"cuda_graph": "auto"}), SPEC, H100, "bf16", work)
+        chosen = select(config, SPEC, H100, work, found, recorded(HOST_LIMITED))
+        assert chosen.best.replayed == wanted
+        return {(one.case.checkpoint_kind, one.case.bin_tokens): one.tokens_per_s for one in chosen.others}
+
+    issued, replayed = speeds(False), speeds(True)
+    assert issued.keys() == replayed.keys() and {kind for kind, _ in issued} == {"selective", "full", "offload"}
+    for (kind, tokens), speed in issued.items():
+        if kind == "offload":
+            assert replayed[kind, tokens] == pytest.approx(speed)
+        else:
+            assert replayed[kind, tokens] > 2 * speed
 
 
 def test_a_step_that_the_gpu_limits_is_not() -> None:
@@ -89,7 +116,7 @@ GIB = 2**30
 
 def simulated(train_gib: int, evaluation_gib: int, budget_gib: int) -> Candidate:
     """A candidate whose weights take 2 GiB, beside which a step takes so much."""
-    config, spec = RunConfig(max_length=1024), model_spec_from_config(LLAMA, "m")
+    config, spec = RunConfig(max_length=1024), SPEC
     one = candidates(config, spec, H100, "bf16", workload(config, None, None, spec))[0]
     train, evaluation = (2 + train_gib) * GIB, (2 + evaluation_gib) * GIB
     memory = one.memory.model_copy(
@@ -134,7 +161,7 @@ def test_a_graph_for_which_there_is_no_memory_has_its_remedy() -> None:
         forward = Segment("forward", 0, 0, (), HOST_LIMITED["forward"])
         return StepTrace(layers, (Segment("weights", 0, -1, (10**9,)), forward))
 
-    config, spec = RunConfig(max_length=1024, load_in_4bit=False), model_spec_from_config(LLAMA, "m")
+    config, spec = RunConfig(max_length=1024, load_in_4bit=False), SPEC
     issued = plan_training(config, None, None, spec, H100, simulate)
     needed = issued.memory.process_bytes - issued.memory.components["CUDA graph"] // 2
     tight = H100.model_copy(update={"total_bytes": int(needed / 0.9)})
@@ -153,12 +180,10 @@ def test_a_replayed_step_takes_as_long_as_the_device_and_what_is_around_it_is_is
 
 def test_a_plan_in_closed_form_replays_nothing() -> None:
     config = RunConfig(max_length=1024)
-    found = plan_training(config, None, None, model_spec_from_config(LLAMA, "m"), H100)
+    found = plan_training(config, None, None, SPEC, H100)
     assert not found.choices.cuda_graph
     assert found.reasons["cuda_graph"] == "off: the step was not simulated"
-    wanted = plan_training(
-        config.model_copy(update={"cuda_graph": True}), None, None, model_spec_from_config(LLAMA, "m"), H100
-    )
+    wanted = plan_training(config.model_copy(update={"cuda_graph": True}), None, None, SPEC, H100)
     assert "not replayed as a CUDA graph: the step was not simulated" in wanted.warnings
 
 

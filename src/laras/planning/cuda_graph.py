@@ -57,6 +57,13 @@ def with_replay(
     return replace(replayed, replayed=True, replay_gain=gain, memory=memory, fits=fits)
 
 
+def share_of_speed(config: RunConfig, hardware: HardwareSpec, best: Candidate, other: Candidate) -> float:
+    """How much of the speed that a candidate has beside the best one is left where it cannot be replayed as that is."""
+    if not best.replayed or best.replay_gain is None or replay_refusal(config, hardware, other) is None:
+        return 1.0
+    return 1 - best.replay_gain
+
+
 def replay_reason(config: RunConfig, hardware: HardwareSpec, best: Candidate) -> str:
     """One line for the plan."""
     refusal = replay_refusal(config, hardware, best)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from laras.config import RunConfig
 from laras.errors import LarasError
 from laras.planning.candidates import LOSS_CHUNK_TOKENS, Candidate, device_budget_bytes
-from laras.planning.cuda_graph import with_replay
+from laras.planning.cuda_graph import share_of_speed, with_replay
 from laras.planning.memory import adapted_layers, lora_parameters
 from laras.planning.simulated import Simulate, simulated_step
 from laras.planning.throughput import BUSY_HOST, RATES, recorded_step_s
@@ -31,7 +31,7 @@ class Selection:
 
     Attributes:
         best: The candidate that runs.
-        others: The rest, with speeds on the scale of the best one's.
+        others: The rest, with speeds on the scale of the best one's, less its graph where they can have none.
         warnings: What the choice could not rest on.
     """
 
@@ -64,22 +64,24 @@ def select(
         # Not its layers, which keep less: 0.58 to 0.81 of plain ones in the cases that `planning.backend` has.
         best = _by_closed_form(found, smallest, 1 - _CLOSED_FORM_MARGIN)
         method = {"method": "closed-form of plain layers"}
-        return _selection(found, replace(best, memory=best.memory.model_copy(update=method)))
+        return _selection(config, hardware, found, replace(best, memory=best.memory.model_copy(update=method)))
     # Main memory has no segments to replay, and is overcommitted anyway.
     if simulate is None or hardware.kind == "cpu":
-        return _selection(found, _by_closed_form(found, smallest, 1.0))
+        return _selection(config, hardware, found, _by_closed_form(found, smallest, 1.0))
     if smallest.memory.train_peak_allocated_bytes > _HOPELESS * limit:
-        return _selection(found, replace(smallest, fits=False))
+        return _selection(config, hardware, found, replace(smallest, fits=False))
     try:
         fitting, refused = _fitting(config, spec, hardware, work, found, simulate)
         if not fitting:
             known = [one for one in refused if one.case == smallest.case]
             last = known[0] if known else _simulated(config, spec, hardware, work, smallest, limit, simulate)
-            return _selection(found, last, refused)
+            return _selection(config, hardware, found, last, refused)
     except LarasError as error:
         warning = f"{error.message}; memory is from the closed form, with a margin of 10%"
-        return _selection(found, _by_closed_form(found, smallest, 1 - _CLOSED_FORM_MARGIN), warnings=(warning,))
-    return _selection(found, max(fitting, key=lambda one: one.worth), [*fitting, *refused])
+        return _selection(
+            config, hardware, found, _by_closed_form(found, smallest, 1 - _CLOSED_FORM_MARGIN), warnings=(warning,)
+        )
+    return _selection(config, hardware, found, max(fitting, key=lambda one: one.worth), [*fitting, *refused])
 
 
 def _fitting(
@@ -120,13 +122,22 @@ def _contends(one: Candidate, first: Candidate) -> bool:
 
 
 def _selection(
-    found: list[Candidate], best: Candidate, simulated: Sequence[Candidate] = (), warnings: tuple[str, ...] = ()
+    config: RunConfig,
+    hardware: HardwareSpec,
+    found: list[Candidate],
+    best: Candidate,
+    simulated: Sequence[Candidate] = (),
+    warnings: tuple[str, ...] = (),
 ) -> Selection:
     """The rest as far as it is known: as simulated, else in closed form with speeds on the scale of the best one's."""
     by_closed_form = max((one.tokens_per_s for one in found if _key(one) == _key(best)), default=best.tokens_per_s)
     scale = best.tokens_per_s / by_closed_form
     known = {_key(one): one for one in simulated}
-    others = [known.get(_key(one)) or one.at_speed(scale) for one in found if one.case != best.case]
+    others = [
+        known.get(_key(one)) or one.at_speed(scale * share_of_speed(config, hardware, best, one))
+        for one in found
+        if one.case != best.case
+    ]
     others.sort(key=lambda one: (not one.fits, *one.preference()))
     return Selection(best, tuple(others), warnings)
 
