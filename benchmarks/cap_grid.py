@@ -145,6 +145,19 @@ def grid_of(subject: Subject, cap_gib: float = CAPS_GIB[-1], length: int = MAX_L
     return grid
 
 
+def choices_at(setting: Setting, planned: Any, length: int = MAX_LENGTH) -> Any:
+    """The choices of a plan, at another point of the grid."""
+    return planned.model_copy(
+        update={
+            "per_device_train_batch_size": setting.micro,
+            "gradient_accumulation_steps": setting.accumulation,
+            "gradient_checkpointing": setting.kind != "none",
+            "checkpoint_kind": setting.kind,
+            "bin_tokens": setting.micro * length,
+        }
+    )
+
+
 def predicted_rows(subject: Subject, gpu: str = "", length: int = MAX_LENGTH) -> Iterator[dict[str, Any]]:
     """Predicted memory of every setting, with the documents that are measured."""
     from laras.models.simulation import trace_step
@@ -156,12 +169,8 @@ def predicted_rows(subject: Subject, gpu: str = "", length: int = MAX_LENGTH) ->
     spec, hardware = model_spec_from_config(MODELS[subject.model], subject.model), capped(gpu, CAPS_GIB[-1])
     choices = PlanChoices(**plan_row(subject, CAPS_GIB[-1], gpu, length)["choices"])
     for setting in grid_of(subject, length=length):
-        update = {
-            "per_device_train_batch_size": setting.micro, "gradient_accumulation_steps": setting.accumulation,
-            "gradient_checkpointing": setting.kind != "none", "checkpoint_kind": setting.kind,
-        }  # fmt: skip
         with tempfile.TemporaryDirectory() as folder:
-            config, own = config_of(subject, folder, length), choices.model_copy(update=update)
+            config, own = config_of(subject, folder, length), choices_at(setting, choices, length)
             found = summary_of(trace_step(config, own, spec.layers, hardware, 2 * setting.micro), spec.layers)
         allocated = found["allocated_bytes"] + workspace_bytes(hardware)
         yield {"key": f"{subject.key}|{setting.key}", "allocated_MiB": allocated / MIB}

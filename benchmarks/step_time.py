@@ -38,7 +38,7 @@ import time_steps
 
 from laras.models.fused import variant
 from laras.planning.catalogue import CATALOGUE, find_gpu, match_device_name
-from laras.planning.throughput import RATES, Rates, recorded_step_s
+from laras.planning.throughput import BUSY_HOST, RATES, Rates, recorded_step_s
 from laras.planning.work import Work
 from laras.records import HardwareSpec
 
@@ -49,7 +49,8 @@ REMAINS = (
     "",
     "- Another tenant on a core makes all that the host issues take up to twice as long (`on any core`). A plan cannot",
     "  know it; the rehearsal and the first steps of a run do.",
-    "- Every host is taken to be as fast as that of the H200 here (an Intel Xeon).",
+    "- A plan for a machine elsewhere takes its host to be as fast as that of the H200 here (an Intel Xeon); the local",
+    "  one is measured.",
     "- Gradient accumulation of the smallest model is predicted 19% too slow: its second micro-batch is issued faster",
     "  than its first.",
     "- `16x1, none` was the first setting of every session on the H100s, and took 15% to 20% longer when it was timed",
@@ -234,14 +235,7 @@ def _of_grid(folder: Path) -> Iterator[dict[str, Any]]:
         model, method, *_ = key.split("|")
         setting = cap_grid.Setting(**fact["setting"])
         planned = PlanChoices(**plans[f"{model}|{method}|{cap_grid.CAPS_GIB[-1]}"]["choices"])
-        choices = planned.model_copy(
-            update={
-                "per_device_train_batch_size": setting.micro,
-                "gradient_accumulation_steps": setting.accumulation,
-                "gradient_checkpointing": setting.kind != "none",
-                "checkpoint_kind": setting.kind,
-            }
-        )
+        choices = cap_grid.choices_at(setting, planned)
         half = cap_grid.MAX_LENGTH // 2  # the length of its documents
         subject = (memory.MODELS[model], choices, setting.micro * cap_grid.MAX_LENGTH // half)
         micro_s = fact["step_s"] / setting.accumulation
@@ -403,7 +397,8 @@ def choices(rows: list[Row]) -> list[str]:
 
 
 def _choices_on(gpu: str, rows: list[Row]) -> list[str]:
-    predicted = {row.key.removeprefix("grid|"): row.predicted_s() * row.accumulation for row in rows}
+    rates = RATES.on_host(BUSY_HOST)  # as the planner compares them
+    predicted = {row.key.removeprefix("grid|"): row.predicted_s(rates) * row.accumulation for row in rows}
     measured = cap_grid.rows_of(memory.results_of(find_gpu(gpu)) / "cap_grid_measured.jsonl")
     lines = []
     for subject in cap_grid.subjects():
@@ -488,7 +483,8 @@ def report(rows: list[Row], out: Path) -> None:
         "",
         "## Choices",
         "",
-        f"Of the settings of `cap_grid.py` whose allocated memory is within {_FILLED:.0%} of a cap, timed without one:",
+        f"Of the settings of `cap_grid.py` whose allocated memory is within {_FILLED:.0%} of a cap, timed without one;",
+        f"predicted for a host {BUSY_HOST} times as slow, as the planner compares them:",
         "",
         *choices(rows),
         "",

@@ -29,10 +29,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 import memory
 
+from laras.planning.host_speed import piece_of_python_s
+
 FILE = "step_time_measured.jsonl"
 LEAST_STEPS, LEAST_S, MOST_S = 5, 0.5, 3.0
 _WARM_STEPS = 3
-_TURNS = 5_000  # of the piece of Python: a third of a millisecond
 _FREE = 1.25  # times the fastest that was seen; beside another tenant it takes 1.6 to 2 times as long
 
 
@@ -41,7 +42,7 @@ class FreeCore:
 
     def __init__(self) -> None:
         self._cores = sorted(os.sched_getaffinity(0))
-        self._fastest_s = min(self._piece_s() for _ in range(200))
+        self._fastest_s = min(piece_of_python_s() for _ in range(200))
         self._is_bound = False
 
     def settle(self) -> bool:
@@ -69,17 +70,9 @@ class FreeCore:
 
     def is_free(self) -> bool:
         """Whether the piece is fast on the present core."""
-        found = min(self._piece_s() for _ in range(3))
+        found = min(piece_of_python_s() for _ in range(3))
         self._fastest_s = min(self._fastest_s, found)
         return found <= _FREE * self._fastest_s
-
-    @staticmethod
-    def _piece_s() -> float:
-        found: dict[int, int] = {}
-        began = time.perf_counter()
-        for number in range(_TURNS):
-            found[number & 63] = found.get(number & 31, 0) + 1
-        return time.perf_counter() - began
 
 
 def timed(case: memory.Case, core: FreeCore, *, with_device: bool) -> dict[str, Any]:

@@ -162,6 +162,7 @@ class HardwareSpec(Value):
     source: str  # "local", or the origin of the catalogue's figures
     host_link_bytes_per_s: float = 12e9  # of copies between main memory and the device, one way
     host_available_bytes: int | None = None  # main memory that a process can have; None: of a machine not known
+    host_times_as_slow: float = 1.0  # what the host issues takes so many times as long as on the host that is known
 
 
 class MemoryEstimate(Value):

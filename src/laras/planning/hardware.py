@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from laras.planning.catalogue import NATIVE_BF16_SINCE, Gpu, find_gpu, host_link_bytes_per_s, match_device_name
+from laras.planning.host_speed import host_times_as_slow
 from laras.records import HardwareSpec
 
 # Rates of a CPU differ by an order of magnitude; this is what two AVX-512 cores reached each in the built-in example
@@ -113,6 +114,7 @@ def _local_gpu() -> HardwareSpec | None:
         source="local",
         host_link_bytes_per_s=_host_link_bytes_per_s(str(properties.uuid), known),
         host_available_bytes=_host_available_bytes(),
+        host_times_as_slow=host_times_as_slow(),
     )
 
 

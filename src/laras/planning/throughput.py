@@ -154,6 +154,7 @@ def _seconds(
         share *= target_share
     host_s = part.views * rates.view_s + part.calls * rates.call_s + part.graph_calls * rates.graph_s
     host_s += part.engine_calls * rates.engine_s + part.compiled * rates.compiled_s
+    host_s *= hardware.host_times_as_slow
     busy_s = share * _busy_s(part, hardware, rates, span_tokens, token_share)
     busy_s += _kernels(part) * (rates.kernel_s + rates.gap_s)
     return (busy_s + host_s, busy_s + host_s) if part.waits else (busy_s, host_s)
