@@ -213,3 +213,39 @@ def test_a_step_never_gets_faster_when_batch_length_or_rank_grows(case, key, mor
 @given(CASES)
 def test_a_slower_card_is_never_faster(case):
     assert estimate_step_s(SPEC, MemoryCase(**case), T4) >= estimate_step_s(SPEC, MemoryCase(**case), H100)
+
+
+@pytest.fixture
+def memory_cases(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks"))
+    import memory
+
+    return memory, {case.key: case for case in (*memory.cases(), *memory.blind_cases())}
+
+
+def test_the_closed_form_of_transformers_layers_is_near_the_simulated_step(memory_cases):
+    memory, cases = memory_cases
+    errors = []
+    for row in MEASURED:
+        kind, _, key = row["key"].partition("|")
+        if row["gpu"] != "H200" or kind not in ("memory", "blind") or memory.choices_of(cases[key]).fused_layers:
+            continue
+        choices = memory.choices_of(cases[key])
+        weights = "nf4" if choices.load_in_4bit else "int8" if choices.load_in_8bit else choices.precision
+        case = MemoryCase(
+            micro_batch=choices.per_device_train_batch_size, length_tokens=choices.max_length,
+            bin_tokens=choices.packed_tokens, checkpointing=choices.gradient_checkpointing,
+            full=choices.finetuning_type == "full", weights=weights, precision=choices.precision, optim=choices.optim,
+            loss_kind=choices.loss_kind, loss_chunk_tokens=1024, lora_r=choices.lora_r,
+            target_modules=choices.target_modules, dora=choices.use_dora, dropout=choices.lora_dropout > 0,
+            adapters="compute" if choices.precision == "fp32" else "fp32-autocast",
+        )  # fmt: skip
+        spec = model_spec_from_config(memory._shape(cases[key]), "m")
+        closed_s = estimate_step_s(
+            spec, case, find_gpu("h200").to_hardware(), attended_tokens=row["span_tokens"],
+            accumulation=row["accumulation"],
+        )  # fmt: skip
+        errors.append(abs(closed_s / predicted_s(row) - 1))
+    assert len(errors) > 90
+    assert mean(errors) < 0.11
+    assert max(errors) < 0.4

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from laras.models.counting import register_work
 from laras.models.recording import register_kernel_memory, register_operation
+from laras.planning.step_forms import INT8_CALLS, NF4_CALLS, UNPACKING_CALLS
 from laras.planning.work import WorkCounter
 
 _BLOCK = 64  # weights that share a scale
@@ -21,9 +22,6 @@ _NESTED_BLOCK = 256  # scales that share a scale of their own
 # Inputs of a layer that LLM.int8() keeps in half precision: at most 0.1% of the columns up to 13 billion parameters.
 # Source: Dettmers et al. 2022, "LLM.int8()", section 4.
 _OUTLIER_SHARE = 0.001
-# What bitsandbytes does in Python for a product, for unpacking its weights in backward, and for a product of int8, as
-# so many operations. Source: timed beside a plain linear layer on the host of an H200.
-_NF4_CALLS, _UNPACKING_CALLS, _INT8_CALLS = 10, 10, 40
 _INT8_AS_BYTES = 2  # elements of a product of int8: it is no faster than one in half precision
 
 
@@ -142,14 +140,14 @@ def _unpacked_bytes(input_TK: Tensor, _: Tensor, shape: Sequence[int], *__: Any,
 
 def _count_nf4_product(counter: WorkCounter, input_TK: Tensor, packed: Tensor, shape: Sequence[int], *_: Any) -> None:
     rows, size = input_TK.numel() // input_TK.shape[-1], input_TK.element_size()
-    counter.called(_NF4_CALLS, in_graph=True)
+    counter.called(NF4_CALLS, in_graph=True)
     counter.launched(_unpacked_bytes(input_TK, packed, shape) + packed.numel())
     counter.multiplied(1, rows, shape[1], shape[0], size)
 
 
 def _count_unpacking(counter: WorkCounter, packed: Tensor, *rest: Any) -> None:
     _scales, _block, _type, shape, dtype = rest
-    counter.called(_UNPACKING_CALLS, in_graph=True)
+    counter.called(UNPACKING_CALLS, in_graph=True)
     counter.launched(packed.numel() + dtype.itemsize * shape[0] * shape[1])
 
 
@@ -204,7 +202,7 @@ def _mixed_product_inside(input_TK: Tensor, rows_TK: Tensor, weights_NK: Tensor,
 
 def _count_mixed_product(counter: WorkCounter, input_TK: Tensor, rows_TK: Tensor, weights_NK: Tensor, *_: Any) -> None:
     rows, (columns, inner) = rows_TK.numel() // rows_TK.shape[-1], weights_NK.shape
-    counter.called(_INT8_CALLS, in_graph=True)
+    counter.called(INT8_CALLS, in_graph=True)
     counter.launched(rows * columns * (4 + 2 * input_TK.element_size()) + columns * inner)
     counter.multiplied(1, rows, inner, columns, _INT8_AS_BYTES)
 

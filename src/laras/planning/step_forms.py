@@ -21,11 +21,15 @@ _FORWARD_PRODUCTS, _BACKWARD_PRODUCTS = 2, 5  # of causal attention, whose squar
 _UNPACKED_BYTES = 2.6  # read and written for a 4-bit weight each time it is unpacked
 _LOGIT_BYTES = {"full": 64, "chunked": 6.3}  # moved for every logit
 _UPDATE_BYTES, _COPY_BYTES = 28, 6  # of an adapter's float: its update, its copy beside the weights
-# Of the 8-bit update of a parameter: what bitsandbytes does in Python, as so many operations, and how many bytes of an
-# element would take as long to move, since finding the codes takes longer than moving them. After each the host waits.
-# Source: timed on an H200, 27 to 29 ps an element in models of 1.2 to 2.5 billion; bitsandbytes 0.50
-# `optim/optimizer.py`, `step`.
-UPDATE_8BIT_CALLS, UPDATE_8BIT_BYTES = 5, 86
+# What libraries do in Python, as so many operations: checkpointing for a layer, with the hooks of its saved tensors;
+# bitsandbytes for the 8-bit update of a parameter, after which the host waits, for a 4-bit product, for unpacking its
+# weights in backward, and for a product of int8. Source: fitted to steps on an H200, `benchmarks/step_time.py`;
+# bitsandbytes 0.50 `optim/optimizer.py`, `step`.
+CHECKPOINT_CALLS, UPDATE_8BIT_CALLS = 45, 5
+NF4_CALLS, UNPACKING_CALLS, INT8_CALLS = 10, 10, 40
+# Bytes that take as long to move as the 8-bit update of an element takes, since finding the codes takes longer than
+# moving them. Source: timed on an H200, 27 to 29 ps an element in models of 1.2 to 2.5 billion.
+UPDATE_8BIT_BYTES = 86
 _PLAIN_VIEWS = 0.42  # share of the calls of a transformers' layer that only make room, or another view
 _GATHERED = Work(views=20, calls=9, kernels=9)  # of a batch: embedding, positions
 # Of transformers' layers, for each linear layer and one more: calls of modules, of autograd's engine, kernels, and
@@ -34,8 +38,8 @@ _PLAIN_FORWARD = {"calls": 23, "engine": 0, "kernels": 9.5, "traffic": 5.0}
 _PLAIN_BACKWARD = {"calls": 0, "engine": 34, "kernels": 12, "traffic": 7.0}
 _PLAIN_AGAIN = {"calls": 20.5, "engine": 10, "kernels": 7.5, "traffic": 5.0}
 _FULL_SHARE, _FP32_SHARE = 0.45, 0.78  # of that: without adapters, without casts
-_MASKED = 2  # layers of transformers get a mask where rows are padded: the square is full
-_PLAIN_UNPACK_CALLS, _PLAIN_UNPACK_KERNELS = 10, 3
+_MASKED = 2  # where rows are padded, layers of transformers get a mask: the square is full
+_PLAIN_UNPACK_CALLS, _PLAIN_UNPACK_KERNELS = {"nf4": 10, "int8": 25}, 3
 # Of DoRA, for each adapted layer: calls, kernels, and bytes of an element of what it multiplies token by token, of the
 # identity that goes through the adapter, and of the matrix that it norms.
 _DORA_FORWARD = {"calls": 21, "engine": 0, "kernels": 13, "outputs": 48, "identity": 14, "matrix": 16}
@@ -245,20 +249,23 @@ def _plain_layers(spec: ModelSpec, case: MemoryCase) -> tuple[Work, Work]:
     wide = tokens * element * (spec.hidden_size + spec.intermediate_size * experts)
     packed = case.weights in ("nf4", "int8")
     attended = (tokens, spec.attention_heads, spec.head_dim)
+    masked, row_tokens = (_MASKED, case.length_tokens) if case.bin_tokens is None else (1, 0)
 
     def part(counts: list[dict[str, float]], products: Iterator[tuple[int, int, int]], attention: list[int]) -> Work:
         calls, engine, kernels, traffic = (
             share * units * sum(one[name] for one in counts) for name in ("calls", "engine", "kernels", "traffic")
         )
         unpacks = units * len(counts) if packed else 0
+        library = unpacks * _PLAIN_UNPACK_CALLS.get(case.weights, 0)
+        library += CHECKPOINT_CALLS * spec.layers * (_PLAIN_AGAIN in counts)
         moved = wide * traffic + (_UNPACKED_BYTES * spec.linear_parameters * len(counts) if packed else 0)
         return Work(
             views=round(_PLAIN_VIEWS * calls),
-            graph_calls=round((1 - _PLAIN_VIEWS) * calls) + unpacks * _PLAIN_UNPACK_CALLS,
+            graph_calls=round((1 - _PLAIN_VIEWS) * calls) + library,
             engine_calls=round(engine),
             kernels=round(kernels) + unpacks * _PLAIN_UNPACK_KERNELS,
             moved_bytes=int(moved),
-            attention=tuple(((*attended, _MASKED * count, 0), spec.layers) for count in sorted(attention)),
+            attention=tuple(((*attended, masked * count, row_tokens), spec.layers) for count in sorted(attention)),
             products=_products(products, spec.layers, element),
         )
 
