@@ -1,5 +1,7 @@
 """The allocator's rules, one by one, and that a step fits a capacity when PyTorch would make it fit."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -102,3 +104,39 @@ def test_a_rehearsal_comes_before_the_first_step_and_leaves_no_segment():
     whole = replay(real.events, released_at=real.starts[0], first=len(real.events) - 2)
     assert whole.allocated_at_first_bytes == rehearsed.peak_allocated_bytes
     assert whole.allocated_after_first_bytes == weights + state + 40 * MIB
+
+
+def test_a_step_that_leaves_the_allocator_as_it_found_it_is_not_run_again(monkeypatch):
+    weights, state, activation = 30 * MIB, 3 * MIB, 50 * MIB
+    events = (weights, state, activation, 700, -4, -3, 8 * MIB, -5, 40 * MIB, -6)
+    marks = ((0, "weights"), (1, "states"), (2, "batch"), (6, "optimizer"), (8, "evaluation"))
+    training = Unrolled(events, marks).in_training(20, rehearsed=True)
+    places = {"released_at": training.starts[0], "first": len(training.until("evaluation"))}
+    calls = []
+    malloc = CachingAllocator.malloc
+    monkeypatch.setattr(CachingAllocator, "malloc", lambda self, size: calls.append(size) or malloc(self, size))
+
+    def ran(capacity, **options):
+        calls.clear()
+        return replay(training.events, capacity, **places, **options), len(calls)
+
+    for capacity in (None, 100 * MIB, 90 * MIB, 60 * MIB):
+        (short, few), (whole, all_of_them) = ran(capacity, starts=training.starts), ran(capacity)
+        assert short == whole
+        assert few < all_of_them / 3 or whole.retries
+
+
+def test_steps_after_the_second_are_the_second_again():
+    events = (30 * MIB, 12 * MIB, 50 * MIB, 700, -3, 8 * MIB, -4, -5, 40 * MIB, -6)
+    marks = ((0, "weights"), (1, "states"), (2, "batch"), (5, "optimizer"), (8, "evaluation"))
+    real = Unrolled(events, marks).in_training(4)
+    _, second, third, fourth = (
+        real.events[start:end] for start, end in pairwise((*real.starts, len(real.until("evaluation"))))
+    )
+    taken = sum(event > 0 for event in second)
+    for again, before in ((third, second), (fourth, third)):
+        assert again == tuple(event if event > 0 else event - taken for event in before)
+    assert [kind for _, kind in real.marks] == [
+        "weights", "batch", "states", *["optimizer", "batch"] * 3, "optimizer", "evaluation",
+    ]  # fmt: skip
+    assert real.events[-2:] == (40 * MIB, -sum(event > 0 for event in real.events))

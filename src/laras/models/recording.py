@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from laras.errors import LarasError
 from laras.models import counting
 from laras.models.counting import count_operation
+from laras.models.meta_results import MetaResults
 from laras.planning.depth import Repeat
 from laras.planning.trace import Key, Segment, StepTrace
 from laras.planning.work import WorkCounter
@@ -53,6 +54,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._in_backward = False
         self._layers = list(layers)
         self._hooks: list[Any] = []
+        self._results = MetaResults()
         self.begin("weights")
 
     def begin(self, kind: str, index: int = 0, layer: int = -1) -> None:
@@ -171,14 +173,15 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs the operation, or answers for it where meta tensors cannot, and follows what it returns."""
+        kwargs = kwargs or {}
         handler = _DATA_DEPENDENT.get(func)
         hidden = _HIDDEN_BYTES.get(func)
-        taken = self.request(hidden(*args, **(kwargs or {}))) if hidden else 0
-        out = NotImplemented if handler is None else handler(*args, **(kwargs or {}))
+        taken = self.request(hidden(*args, **kwargs)) if hidden else 0
+        out = NotImplemented if handler is None else handler(*args, **kwargs)
         if out is NotImplemented:
-            out = func(*args, **(kwargs or {}))
+            out = self._results.of(func, args, kwargs)
         count_operation(self.counter, func, args, out)
-        for leaf in tree_leaves(out):
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
                 self.track(leaf)
         self.give_back(taken)

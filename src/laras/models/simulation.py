@@ -180,14 +180,17 @@ def _in_short_rows(record: Callable[..., StepTrace], choices: PlanChoices, large
         return record(choices.model_copy(update=rows), shorter, ends_early=True)
 
     try:
-        fewer, more = in_rows_of(2), in_rows_of(1)
+        fewer = in_rows_of(2)
+        if any(part.work.attention for part in fewer.segments):
+            return None
+        more = in_rows_of(1)
     except LongLayer:
         return None
     if [part.key for part in fewer.segments] != [part.key for part in more.segments]:
         return None
     segments = []
     for one, other in zip(fewer.segments, more.segments, strict=True):
-        if one.work.attention or one.work.product_operations != other.work.product_operations:
+        if one.work.product_operations != other.work.product_operations:
             return None
         halves = 2 * ((eval_parts if other.kind == "evaluation" else parts) - 1)
         segments.append(replace(other, work=other.work.continued(one.work, halves)))

@@ -9,9 +9,11 @@ Source: c10/cuda/CUDACachingAllocator.cpp of PyTorch 2.11, one stream, default s
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterable
+from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 _MIB = 2**20
 MIN_BLOCK_BYTES = 512
@@ -30,19 +32,22 @@ class CapacityExceeded(Exception):
         self.request_bytes = request_bytes
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Block:
     size: int
-    segment: int  # address of the segment that it is cut from
-    before: int | None  # addresses of its neighbours in the segment
-    after: int | None
+    address: int
     small: bool
+    before: _Block | None = None  # its neighbours in the segment
+    after: _Block | None = None
     free: bool = False
+
+
+_Pool = list[tuple[int, int, _Block]]  # free blocks, sorted by size and address
 
 
 def block_bytes(request_bytes: int) -> int:
     """What a request counts in `torch.cuda.memory_allocated`, without the rest of a block that is not split off."""
-    return max(MIN_BLOCK_BYTES, -(-request_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
+    return -(-request_bytes // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES or MIN_BLOCK_BYTES
 
 
 class CachingAllocator:
@@ -57,57 +62,66 @@ class CachingAllocator:
         self.allocated_bytes = self.reserved_bytes = 0
         self.peak_allocated_bytes = self.peak_reserved_bytes = 0
         self.retries = 0
-        self._free: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # small? → sorted (size, address)
-        self._blocks: dict[int, _Block] = {}
+        self._small: _Pool = []
+        self._large: _Pool = []
         self._segments: dict[int, int] = {}
         self._next_address = 1
 
-    def malloc(self, request_bytes: int) -> int:
-        """Allocates; returns the address.
+    def malloc(self, request_bytes: int) -> _Block:
+        """Allocates; returns what `free` wants.
 
         Raises:
             CapacityExceeded: When it does not fit even after every unused segment was returned.
         """
         size = block_bytes(request_bytes)
         small = size <= _SMALL_BYTES
-        pool = self._free[small]
-        index = bisect.bisect_left(pool, (size, 0))
-        address = pool.pop(index)[1] if index < len(pool) else self._new_segment(size, small)
-        block = self._blocks[address]
+        pool = self._small if small else self._large
+        index = bisect_left(pool, (size,))
+        block = pool.pop(index)[2] if index < len(pool) else self._new_segment(size, small)
         block.free = False
         rest = block.size - size
         if rest >= MIN_BLOCK_BYTES if small else rest > _SMALL_BYTES:
-            self._split(address, block, size)
+            after = block.after
+            split = _Block(rest, block.address + size, small, block, after, True)
+            if after is not None:
+                after.before = split
+            block.after, block.size = split, size
+            insort(pool, (rest, split.address, split))
         self.allocated_bytes += block.size
         self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
-        return address
+        return block
 
-    def free(self, address: int) -> None:
+    def free(self, block: _Block) -> None:
         """Gives a block back to its pool, joined with its free neighbours."""
-        block = self._blocks[address]
         self.allocated_bytes -= block.size
-        if block.after is not None and self._blocks[block.after].free:
-            self._join(address, block.after)
-        if block.before is not None and self._blocks[block.before].free:
-            before = block.before
-            self._join(before, address, listed=True)
-            address, block = before, self._blocks[before]
+        pool = self._small if block.small else self._large
+        before, after = block.before, block.after
+        if after is not None and after.free:
+            pool.pop(bisect_left(pool, (after.size, after.address)))
+            _join(block, after)
+        if before is not None and before.free:
+            pool.pop(bisect_left(pool, (before.size, before.address)))
+            _join(before, block)
+            block = before
         block.free = True
-        bisect.insort(self._free[block.small], (block.size, address))
+        insort(pool, (block.size, block.address, block))
 
     def release_unused(self) -> None:
         """Returns every segment that holds nothing, as `torch.cuda.empty_cache` does."""
-        for pool in self._free.values():
+        for pool in (self._small, self._large):
             kept = []
-            for size, address in pool:
+            for size, address, block in pool:
                 if self._segments.get(address) == size:
                     self.reserved_bytes -= self._segments.pop(address)
-                    del self._blocks[address]
                 else:
-                    kept.append((size, address))
+                    kept.append((size, address, block))
             pool[:] = kept
 
-    def _new_segment(self, size: int, small: bool) -> int:
+    def layout(self) -> tuple[dict[int, int], list[tuple[int, int]]]:
+        """Segments, and free blocks: with the blocks that live, all that decides what the next requests do."""
+        return dict(self._segments), [(size, address) for size, address, _ in (*self._small, *self._large)]
+
+    def _new_segment(self, size: int, small: bool) -> _Block:
         if small:
             segment = _SMALL_SEGMENT_BYTES
         elif size < _MIN_LARGE_BYTES:
@@ -124,28 +138,15 @@ class CachingAllocator:
         self.reserved_bytes += segment
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
         self._segments[address] = segment
-        self._blocks[address] = _Block(segment, address, None, None, small)
-        return address
+        return _Block(segment, address, small)
 
-    def _split(self, address: int, block: _Block, size: int) -> None:
-        rest = address + size
-        self._blocks[rest] = _Block(block.size - size, block.segment, address, block.after, block.small, free=True)
-        if block.after is not None:
-            self._blocks[block.after].before = rest
-        bisect.insort(self._free[block.small], (block.size - size, rest))
-        block.after, block.size = rest, size
 
-    def _join(self, address: int, after: int, *, listed: bool = False) -> None:
-        """Makes one block of two neighbours; the free one of the two leaves the pool's list."""
-        block, other = self._blocks[address], self._blocks[after]
-        free_size, free_address = (block.size, address) if listed else (other.size, after)
-        pool = self._free[block.small]
-        pool.pop(bisect.bisect_left(pool, (free_size, free_address)))
-        block.size += other.size
-        block.after = other.after
-        if other.after is not None:
-            self._blocks[other.after].before = address
-        del self._blocks[after]
+def _join(block: _Block, after: _Block) -> None:
+    """Makes one block of two neighbours."""
+    block.size += after.size
+    block.after = after.after
+    if after.after is not None:
+        after.after.before = block
 
 
 @dataclass(frozen=True)
@@ -170,11 +171,12 @@ class Replay:
 
 
 def replay(
-    events: Iterable[int],
+    events: Sequence[int],
     capacity_bytes: int | None = None,
     *,
     released_at: int | None = None,
     first: int | None = None,
+    starts: Sequence[int] = (),
 ) -> Replay:
     """Runs a sequence of requests through the allocator.
 
@@ -183,24 +185,39 @@ def replay(
         capacity_bytes: Most that may be reserved; None is unlimited.
         released_at: Unused segments are returned, and peaks begin again, before the event of this number.
         first: So many events are looked at by themselves too, and those that follow.
+        starts: Where steps begin, up to the event that `first` names; those after the first are alike, and what they
+            allocate ends with them. When one leaves the allocator as it found it, so would the next, which is not run.
     """
     allocator = CachingAllocator(capacity_bytes)
-    addresses: list[int] = []
+    blocks: list[Any] = []
     fits, at_first = True, 0
+    layout: Any = None
+    stops = sorted({0, *starts, *(one for one in (released_at, first) if one is not None), len(events)})
     try:
-        for number, event in enumerate(events):
-            if number == first:
+        for start, end in pairwise(stops):
+            if start == first:
                 at_first = allocator.peak_allocated_bytes
                 allocator.peak_allocated_bytes = allocator.allocated_bytes
-            if number == released_at:
+            if start == released_at:
                 allocator.release_unused()
                 allocator.peak_allocated_bytes = allocator.allocated_bytes
                 allocator.peak_reserved_bytes = allocator.reserved_bytes
-            if event > 0:
-                addresses.append(allocator.malloc(event))
-            else:
-                allocator.free(addresses[-event - 1])
+            if start in starts:
+                before, layout = layout, allocator.layout()
+                if layout == before:
+                    blocks += [None] * sum(event > 0 for event in events[start:end])  # freed within the step
+                    continue
+            _run(allocator, events[start:end], blocks)
     except CapacityExceeded:
         fits = False
     after, reserved = allocator.peak_allocated_bytes, allocator.peak_reserved_bytes
     return Replay(fits, max(at_first, after), reserved, allocator.retries, at_first or after, after)
+
+
+def _run(allocator: CachingAllocator, events: Sequence[int], blocks: list[Any]) -> None:
+    malloc, free, taken = allocator.malloc, allocator.free, blocks.append
+    for event in events:
+        if event > 0:
+            taken(malloc(event))
+        else:
+            free(blocks[-event - 1])

@@ -9,10 +9,10 @@ from typing import Any
 
 from laras import __version__
 from laras.config import RunConfig
-from laras.planning.allocator import replay
+from laras.planning.allocator import Replay, replay
 from laras.planning.memory import context_bytes, workspace_bytes
 from laras.planning.remembered import remembered
-from laras.planning.trace import StepTrace
+from laras.planning.trace import StepTrace, Unrolled
 from laras.planning.work import Work
 from laras.planning.workload import LargestBatch
 from laras.records import HardwareSpec, MemoryEstimate, ModelSpec, PlanChoices
@@ -65,12 +65,10 @@ def simulated_step(
     train = {kind: peaks.get(kind, 0) for kind in _TRAINING}
     moment = max(train, key=lambda kind: train[kind])
     weights, states = whole.live_after("weights"), whole.live_after("states")
-    capacity = max(1, budget_bytes - workspace)
-    released_at, evaluation_at = training.starts[0], len(training.until("evaluation"))
-    result = replay(training.events, capacity, released_at=released_at, first=evaluation_at)
+    result = _replayed(training, max(1, budget_bytes - workspace))
     fits = result.fits
     if not fits:
-        result = replay(training.events, released_at=released_at, first=evaluation_at)
+        result = _replayed(training)
     peak = result.allocated_at_first_bytes + workspace
     static = max(weights, states)
     components = {
@@ -97,8 +95,7 @@ def simulated_step(
 def summary_of(trace: StepTrace, layers: int) -> dict[str, int]:
     """A step in a few numbers: peaks in bytes, without workspaces, and what the device and the host have to do."""
     whole = trace.unroll(layers)
-    training = whole.in_training(_STEPS, rehearsed=True)
-    result = replay(training.events, released_at=training.starts[0], first=len(training.until("evaluation")))
+    result = _replayed(whole.in_training(_STEPS, rehearsed=True))
     steps = [part for kind, part in trace.work(layers).items() if kind != "evaluation"]
     return {
         "allocated_bytes": result.allocated_at_first_bytes,
@@ -109,6 +106,11 @@ def summary_of(trace: StepTrace, layers: int) -> dict[str, int]:
         "moved_bytes": sum(part.moved_bytes for part in steps),
         "product_operations": sum(part.product_operations for part in steps),
     }
+
+
+def _replayed(training: Unrolled, capacity_bytes: int | None = None) -> Replay:
+    starts, evaluation_at = training.starts, len(training.until("evaluation"))
+    return replay(training.events, capacity_bytes, released_at=starts[0], first=evaluation_at, starts=starts)
 
 
 def _cached(

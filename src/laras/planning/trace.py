@@ -86,15 +86,16 @@ class Unrolled:
         marks = [*self.marks[1:], (len(self.events), "")]
         position, kind = 0, self.marks[0][1] if self.marks else ""
         for end, following in marks:
+            peak = peaks[kind]
             for event in self.events[position:end]:
                 if event > 0:
                     size = block_bytes(event)
                     sizes.append(size)
                     live += size
-                    peaks[kind] = max(peaks[kind], live)
+                    peak = max(peak, live)
                 else:
                     live -= sizes[-event - 1]
-            peaks[kind] = max(peaks[kind], live)
+            peaks[kind] = max(peak, live)
             position, kind = end, following
         return dict(peaks)
 
@@ -223,26 +224,26 @@ class _Unroller:
         self._trace, self._repeat = trace, repeat
         self._copies = range(repeat.copies(layers))
         self._owners = trace._owners()
-        self._new_numbers: dict[tuple[Key, int], int] = {}
-        self._counts: dict[Key, int] = defaultdict(int)
-        self._events: list[int] = []
-        self._allocations = 0
+        self._new_numbers: dict[Key, list[int]] = defaultdict(list)  # of the allocations of a segment, in order
 
     def run(self) -> Unrolled:
+        events: list[int] = []
         marks: list[tuple[int, str]] = []
+        allocations, owners, new_numbers = 0, self._owners, self._new_numbers
         for segment, layer in self._sequence():
             if not marks or marks[-1][1] != segment.kind:
-                marks.append((len(self._events), segment.kind))
-            key = (segment.kind, segment.index, layer)
+                marks.append((len(events), segment.kind))
+            taken = new_numbers[segment.kind, segment.index, layer]
             for event in segment.events:
                 if event > 0:
-                    self._allocations += 1
-                    self._new_numbers[key, self._counts[key]] = self._allocations
-                    self._counts[key] += 1
-                    self._events.append(event)
-                else:
-                    self._events.extend(-number for number in self._freed(-event - 1, segment, layer))
-        return Unrolled(tuple(self._events), tuple(marks))
+                    allocations += 1
+                    taken.append(allocations)
+                    events.append(event)
+                    continue
+                (kind, index, owner_layer), number = owners[-event - 1]
+                targets = (layer,) if owner_layer == segment.layer else self._holders(owner_layer, segment, layer)
+                events.extend([-new_numbers[kind, index, target][number] for target in targets])
+        return Unrolled(tuple(events), tuple(marks))
 
     def _sequence(self) -> Iterator[tuple[Segment, int]]:
         """Segments with their layer at full depth, the stretch repeated in the direction of the pass."""
@@ -261,21 +262,20 @@ class _Unroller:
         """Layer at full depth of a recorded layer that is not copied, or of the last copy of one that is."""
         return layer if layer < self._repeat.first else self._copied(layer, self._copies[-1])
 
-    def _freed(self, allocation: int, segment: Segment, layer: int) -> Sequence[int]:
-        (kind, index, owner_layer), number = self._owners[allocation]
+    def _holders(self, owner_layer: int, segment: Segment, layer: int) -> Sequence[int]:
+        """Layers at full depth whose copies of what a recorded layer allocated a segment of another one frees."""
         recorded_layer, is_copied = segment.layer, self._repeat.holds(segment.layer)
         if owner_layer == -1 and is_copied:  # what the layers share goes with the last copy that has used it
             last = recorded_layer if segment.kind == "backward" else self._moved(recorded_layer)
-            targets = [-1] if layer == last else []
-        elif is_copied:
-            targets = [layer + owner_layer - recorded_layer]
-        elif not self._repeat.holds(owner_layer):
-            targets = [self._moved(owner_layer)]
-        elif recorded_layer == -1 or abs(recorded_layer - owner_layer) > 1:  # the end of the step, or of the pass
-            targets = [self._copied(owner_layer, copy) for copy in self._copies]
-        else:  # a neighbour of the stretch frees what is in the copy next to it
-            targets = [owner_layer if recorded_layer < owner_layer else self._moved(owner_layer)]
-        return [self._new_numbers[(kind, index, target), number] for target in targets]
+            return [-1] if layer == last else []
+        if is_copied:
+            return [layer + owner_layer - recorded_layer]
+        if not self._repeat.holds(owner_layer):
+            return [self._moved(owner_layer)]
+        if recorded_layer == -1 or abs(recorded_layer - owner_layer) > 1:  # the end of the step, or of the pass
+            return [self._copied(owner_layer, copy) for copy in self._copies]
+        # a neighbour of the stretch frees what is in the copy next to it
+        return [owner_layer if recorded_layer < owner_layer else self._moved(owner_layer)]
 
 
 class _TrainingOrder:
@@ -301,6 +301,9 @@ class _TrainingOrder:
             self._evaluate(evaluation, before)
         for number in range(steps):
             starts.append(len(self._events))
+            if number > 1:  # as the second, which frees nothing that was there before
+                self._repeat(starts[-2])
+                continue
             self._copy(first, update)
             if number == 0:
                 self._copy(states, first)
@@ -322,24 +325,34 @@ class _TrainingOrder:
         for one in [one for one in self._copies if one not in kept]:
             self._events.append(-self._copies.pop(one))
 
-    def _take(self, number: int, size: int) -> None:
-        self._allocations += 1
-        self._copies[number] = self._allocations
-        self._events.append(size)
+    def _repeat(self, start: int) -> None:
+        """The events from there on once more, of which each frees what one of them allocated."""
+        events, end = self._events[start:], len(self._events)
+        taken = sum(event > 0 for event in events)
+        self._marks += [(position + end - start, kind) for position, kind in self._marks if position >= start]
+        self._events += [event if event > 0 else event - taken for event in events]
+        self._allocations += taken
 
     def _start(self, kind: str) -> int:
         return next((start for start, name in self._whole.marks if name == kind), len(self._whole.events))
 
     def _copy(self, start: int, end: int) -> None:
-        kinds = dict(self._whole.marks)
-        within = [name for position, name in self._whole.marks if position <= start]
-        if start < end and within and not (self._marks and self._marks[-1][1] == within[-1]):
-            self._marks.append((len(self._events), within[-1]))
-        for position in range(start, end):
-            if position in kinds and position > start:
-                self._marks.append((len(self._events), kinds[position]))
-            event = self._whole.events[position]
+        marks, length = self._whole.marks, len(self._whole.events)
+        for (begins, kind), (ends, _) in zip(marks, (*marks[1:], (length, "")), strict=True):
+            if max(start, begins) < min(end, ends):
+                if not self._marks or self._marks[-1][1] != kind:
+                    self._marks.append((len(self._events), kind))
+                self._copy_stretch(max(start, begins), min(end, ends))
+
+    def _copy_stretch(self, start: int, end: int) -> None:
+        events, copies, allocations = self._events, self._copies, self._allocations
+        number = self._numbers[start - 1] if start else 0
+        for event in self._whole.events[start:end]:
             if event > 0:
-                self._take(self._numbers[position], event)
-            elif -event in self._copies:  # else: given back at the end of its step
-                self._events.append(-self._copies.pop(-event))
+                number += 1
+                allocations += 1
+                copies[number] = allocations
+                events.append(event)
+            elif -event in copies:  # else: given back at the end of its step
+                events.append(-copies.pop(-event))
+        self._allocations = allocations
