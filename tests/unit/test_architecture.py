@@ -55,6 +55,24 @@ def test_parameters_equal_those_of_the_real_model(name, tmp_path):
     assert spec.vocab_size == 320
 
 
+@pytest.mark.parametrize(
+    ("model_type", "keys", "width"),
+    [
+        ("mamba", {}, 128),
+        ("falcon_mamba", {"intermediate_size": 160}, 160),
+        ("mamba2", {"num_heads": 8, "head_dim": 24, "n_groups": 2, "expand": 3}, 192),
+    ],
+)
+def test_a_model_of_state_space_layers_needs_no_attention_heads(model_type, keys, width, tmp_path):
+    from transformers import AutoConfig
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 3, "vocab_size": 320}
+    AutoConfig.for_model(model_type, **sizes, **keys).save_pretrained(tmp_path)
+    spec = load_model_spec(tmp_path)
+    assert (spec.attention_heads, spec.key_value_heads, spec.intermediate_size) == (0, 0, width)
+    assert spec.linear_parameters == 3 * 3 * 64 * width
+
+
 def test_a_bare_file_and_its_folder_give_the_same_spec(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "llama", **SIZES}))

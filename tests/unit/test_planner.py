@@ -5,14 +5,18 @@ import time
 import numpy as np
 import pytest
 from datasets import Dataset
+from transformers import AutoConfig
 
 from laras.config import RunConfig
 from laras.data.analyze import length_stats
 from laras.data.pack import pack_documents
 from laras.errors import ConfigError
-from laras.planning.architecture import model_spec_from_config
+from laras.models.parameters import count_parameters
+from laras.models.simulation import trace_step
+from laras.planning.architecture import load_model_spec, model_spec_from_config
 from laras.planning.candidates import candidates, device_budget_bytes
 from laras.planning.catalogue import find_gpu
+from laras.planning.counts import with_counts
 from laras.planning.hardware import cpu_hardware
 from laras.planning.memory import context_bytes
 from laras.planning.planner import _eval_steps, _time, plan_training
@@ -434,3 +438,18 @@ def test_the_largest_batch_is_what_the_collators_make_of_the_data_at_most(packin
 def test_without_data_every_token_of_the_longest_row_is_a_target():
     work = Workload(256, 256, 256, 0, 16 * 256, 0, 1.0, None)
     assert work.largest_batch(2) == LargestBatch(256, None, 256)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys"),
+    [("mamba", {}), ("mamba2", {"num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 16})],
+)
+def test_a_model_of_state_space_layers_is_planned_by_its_simulated_step(model_type, keys, monkeypatch, tmp_path):
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path / "cache"))
+    sizes = {"hidden_size": 64, "num_hidden_layers": 6, "vocab_size": 512, "state_size": 8}
+    AutoConfig.for_model(model_type, **sizes, **keys).save_pretrained(tmp_path)
+    config = RunConfig(model_name_or_path=str(tmp_path), max_length=32, effective_batch_size=2)
+    spec = with_counts(load_model_spec(tmp_path), config, count_parameters)
+    result = plan_training(config, None, None, spec, find_gpu("h100").to_hardware(), trace_step)
+    assert (result.fits, result.memory.method, result.warnings) == (True, "simulation", ())
+    assert result.time.tokens_per_s > 0

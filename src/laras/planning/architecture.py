@@ -27,6 +27,8 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "heads": ("num_attention_heads", "n_head", "n_heads"),
     "vocab": ("vocab_size",),
 }
+# Of state-space layers alone, whose model has no attention. In closed form a layer counts as a gated MLP of their width.
+_ATTENTION_FREE_TYPES = frozenset({"falcon_mamba", "mamba", "mamba2"})
 _KV_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _INTERMEDIATE_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 _POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -161,7 +163,8 @@ def model_spec_from_config(config: Mapping[str, Any], source: str) -> ModelSpec:
     text = _text_config(config, source)
     model_type = str(text["model_type"])
     family = family_of(model_type)
-    sizes = {name: _first(text, keys) for name, keys in _KEYS.items()}
+    attends = model_type not in _ATTENTION_FREE_TYPES
+    sizes = {name: _first(text, keys) for name, keys in _KEYS.items() if attends or name != "heads"}
     missing = [f"{' / '.join(_KEYS[name])} is missing or not a positive number" for name, n in sizes.items() if not n]
     missing += [f"{key} is {_number(value)}; the limit is {limit:,}" for key, value, limit in _oversized(text)]
     if missing:
@@ -170,10 +173,10 @@ def model_spec_from_config(config: Mapping[str, Any], source: str) -> ModelSpec:
             problems=missing,
             hint="name the config.json of a decoder-only language model",
         )
-    layers, hidden, heads, vocab = (sizes[name] for name in ("layers", "hidden", "heads", "vocab"))
-    head_dim = _first(text, ("head_dim",)) or family.default_head_dim or hidden // heads
+    layers, hidden, heads, vocab = (sizes.get(name, 0) for name in ("layers", "hidden", "heads", "vocab"))
+    head_dim = _first(text, ("head_dim",)) or family.default_head_dim or hidden // max(1, heads)
     kv_heads = _first(text, _KV_KEYS) or (1 if text.get("multi_query") else heads)
-    intermediate = _first(text, _INTERMEDIATE_KEYS) or 4 * hidden
+    intermediate = _first(text, _INTERMEDIATE_KEYS) or (4 if attends else _first(text, ("expand",)) or 2) * hidden
     experts = _first(text, _EXPERT_KEYS)
     positions = _first(text, _POSITION_KEYS) or 2048
     tied = bool(text.get("tie_word_embeddings", config.get("tie_word_embeddings", family.tied)))
