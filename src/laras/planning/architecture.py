@@ -27,7 +27,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "heads": ("num_attention_heads", "n_head", "n_heads"),
     "vocab": ("vocab_size",),
 }
-# Of state-space layers alone, whose model has no attention. In closed form a layer counts as a gated MLP of their width.
+# Models of state-space layers alone. In closed form each layer counts as a gated MLP of their width.
 _ATTENTION_FREE_TYPES = frozenset({"falcon_mamba", "mamba", "mamba2"})
 _KV_KEYS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
 _INTERMEDIATE_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
