@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import time
 
+_TURNS = 5_000
 # Seconds of the piece on a core without another tenant of the host whose rates `laras.planning.throughput` has: 64 ns a
 # turn. Source: `benchmarks/time_steps.py` on the Xeon of an H200's machine.
-_KNOWN_S = 5_000 * 64e-9
-_TURNS = 5_000
-_TRIES, _PIECES, _BETWEEN_S = 6, 8, 0.008  # 0.1 s; other tenants come and go within hundredths of one
-_STEP = 0.25  # so that a plan is the same from one call to the next
+_KNOWN_S = _TURNS * 64e-9
+_TRIES, _PIECES, _BETWEEN_S = 6, 8, 0.008  # 0.07 s; other tenants come and go within hundredths of a second
+_STEP = 0.25  # so that a plan is mostly the same from one call to the next
 _LEAST, _MOST = 0.5, 4.0
 
 
