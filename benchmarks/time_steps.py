@@ -4,9 +4,9 @@
 
 The cases are those of `memory.py`. On a rented machine other tenants share its cores: a fixed piece of Python takes
 now 0.064 us a turn, now 0.13, for a tenth of a second or for seconds, and so does all that the host issues. So the
-process is bound to a core on which that piece is fast just now, before every step, and the piece runs again after it:
-where it was slow, the step is `busy`. Which steps count is decided by that piece alone, never by how long they took.
-A row holds all steps; `micro_s` is the median of those that were not busy.
+threads that issue a step are bound to a core on which that piece is fast just now, before every step, and the piece
+runs again after it: where it was slow, the step is `busy`. Which steps count is decided by that piece alone, never by
+how long they took. A row holds all steps; `micro_s` is the median of those that were not busy, or of all if all were.
 
 With --device one step more runs under torch's profiler: the seconds in which kernels ran, and how many there were. A
 second call goes on: what has a row is not timed again.
@@ -38,7 +38,7 @@ _FREE = 1.25  # times the fastest that was seen; beside another tenant it takes 
 
 
 class FreeCore:
-    """Binds the process to one core that has no other tenant just now."""
+    """Binds the threads that issue a step to one core that has no other tenant just now."""
 
     def __init__(self) -> None:
         self._cores = sorted(os.sched_getaffinity(0))

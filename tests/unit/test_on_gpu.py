@@ -146,6 +146,30 @@ def test_steps_of_variants_that_were_not_kept_have_no_part_in_the_fit(on_gpu: An
     assert otherwise["key"].endswith("@qkv_again=0") and not otherwise["chosen"].qkv_again
 
 
+def test_steps_on_free_cores_count_before_those_on_any_and_either_tells_what_the_device_took(
+    on_gpu: Any, tmp_path: Path
+) -> None:
+    import json
+
+    import memory
+    import step_time
+
+    free, anywhere, busy = (case.key for case in memory.cases()[:3])
+    device = {"device_s": 0.1, "accumulation": 1}
+    rows = [
+        {"key": free, "steps_s": [0.4, 0.3, 0.5], **device},
+        {"key": free, "free_s": [0.2, 0.21, 0.22], "busy_s": [0.4], **device, "device_s": 0.15},
+        {"key": anywhere, "steps_s": [0.4, 0.3, 0.5], **device},
+        {"key": busy, "free_s": [0.2], "busy_s": [0.4, 0.5], **device},
+    ]
+    (tmp_path / "steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = {row["key"].partition("|")[2]: row for row in step_time._of_steps(tmp_path / "steps.jsonl")}
+    assert set(found) == {free, anywhere}
+    assert (found[free]["measured_s"], found[free]["is_on_free_core"], found[free]["device_s"]) == (0.21, True, 0.15)
+    assert (found[anywhere]["measured_s"], found[anywhere]["is_on_free_core"]) == (0.3, False)
+    assert (found[anywhere]["device_s"], found[free]["any_core_s"]) == (0.1, 0.4)
+
+
 def test_no_benchmark_has_the_name_of_a_package_that_a_library_looks_for() -> None:
     """transformers imports `kernels` where there is one; a script's own folder comes first."""
     benchmarks = Path(__file__).parents[2] / "benchmarks"

@@ -49,7 +49,7 @@ def errors_of(*kinds, gpu):
     return [abs(predicted_s(row) / row["measured_s"] - 1) for row in rows]
 
 
-def test_steps_on_free_cores_are_predicted_within_15_percent():
+def test_steps_on_free_cores_or_that_the_device_limits_are_predicted_within_15_percent():
     errors = errors_of("memory", "blind", gpu="H200")
     assert len(errors) >= 150
     assert mean(error <= 0.15 for error in errors) >= 0.97
