@@ -14,6 +14,7 @@ from laras.planning.architecture import model_spec_from_config
 from laras.planning.candidates import candidates
 from laras.planning.catalogue import find_gpu
 from laras.planning.memory import MemoryCase
+from laras.planning.step_forms import INT8_CALLS, NF4_CALLS, UNPACKING_CALLS, closed_work
 from laras.planning.throughput import RATES, estimate_step_s, recorded_step_s
 from laras.planning.work import Work, WorkCounter
 from laras.planning.workload import workload
@@ -213,6 +214,22 @@ def test_a_step_never_gets_faster_when_batch_length_or_rank_grows(case, key, mor
 @given(CASES)
 def test_a_slower_card_is_never_faster(case):
     assert estimate_step_s(SPEC, MemoryCase(**case), T4) >= estimate_step_s(SPEC, MemoryCase(**case), H100)
+
+
+def test_int8_costs_the_host_more_in_forward_alone_and_4_bit_in_backward_too():
+    def calls(weights):
+        case = MemoryCase(
+            micro_batch=2, length_tokens=1024, eval_batch=1, checkpointing=False, full=False, weights=weights,
+            precision="bf16", adapters="fp32-autocast", optim="adamw_torch", loss_kind="chunked", lora_r=16,
+            loss_chunk_tokens=1024,
+        )  # fmt: skip
+        work = closed_work(SPEC, case)
+        return work["forward"].graph_calls, work["backward"].graph_calls
+
+    (forward, backward), int8, nf4 = map(calls, ("bf16", "int8", "nf4"))
+    linear = 7 * SPEC.layers
+    assert int8 == (forward + INT8_CALLS * linear, backward)
+    assert nf4 == (forward + NF4_CALLS * linear, backward + UNPACKING_CALLS * linear)
 
 
 @pytest.fixture

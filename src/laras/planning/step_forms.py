@@ -39,7 +39,8 @@ _PLAIN_BACKWARD = {"calls": 0, "engine": 34, "kernels": 12, "traffic": 7.0}
 _PLAIN_AGAIN = {"calls": 20.5, "engine": 10, "kernels": 7.5, "traffic": 5.0}
 _FULL_SHARE, _FP32_SHARE = 0.45, 0.78  # of that: without adapters, without casts
 _MASKED = 2  # where rows are padded, layers of transformers get a mask: the square is full
-_PLAIN_UNPACK_CALLS, _PLAIN_UNPACK_KERNELS = {"nf4": 10, "int8": 25}, 3
+_PACKED_CALLS = {"nf4": (NF4_CALLS, UNPACKING_CALLS), "int8": (INT8_CALLS, 0)}  # in forward and in backward
+_PLAIN_UNPACK_KERNELS = 3
 # Of DoRA, for each adapted layer: calls, kernels, and bytes of an element of what it multiplies token by token, of the
 # identity that goes through the adapter, and of the matrix that it norms.
 _DORA_FORWARD = {"calls": 21, "engine": 0, "kernels": 13, "outputs": 48, "identity": 14, "matrix": 16}
@@ -244,7 +245,8 @@ def _plain_layers(spec: ModelSpec, case: MemoryCase) -> tuple[Work, Work]:
     """Forward and backward of all layers, what a checkpointed layer computes again included."""
     tokens, element = case.tokens, _element(case)
     experts = max(1, spec.experts_per_token)
-    units = spec.layers * (len(linear_layers(spec)) + 1)
+    linear = spec.layers * len(linear_layers(spec))
+    units = linear + spec.layers
     share = (_FULL_SHARE if case.full else 1.0) * (_FP32_SHARE if element == 4 else 1.0)
     wide = tokens * element * (spec.hidden_size + spec.intermediate_size * experts)
     packed = case.weights in ("nf4", "int8")
@@ -256,7 +258,8 @@ def _plain_layers(spec: ModelSpec, case: MemoryCase) -> tuple[Work, Work]:
             share * units * sum(one[name] for one in counts) for name in ("calls", "engine", "kernels", "traffic")
         )
         unpacks = units * len(counts) if packed else 0
-        library = unpacks * _PLAIN_UNPACK_CALLS.get(case.weights, 0)
+        there, back = _PACKED_CALLS.get(case.weights, (0, 0))
+        library = sum(linear * (back if one is _PLAIN_BACKWARD else there) for one in counts)
         library += CHECKPOINT_CALLS * spec.layers * (_PLAIN_AGAIN in counts)
         moved = wide * traffic + (_UNPACKED_BYTES * spec.linear_parameters * len(counts) if packed else 0)
         return Work(
