@@ -1,5 +1,7 @@
 """The time that is told for a plan on this machine is that of its own host."""
 
+import os
+
 import pytest
 
 from laras.planning import host_speed
@@ -33,6 +35,19 @@ def test_a_slower_host_is_told_in_quarters(share: float, told: float, monkeypatc
 
 def test_a_tenant_that_leaves_meanwhile_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     assert times_as_slow([640e-6] * 30 + [325e-6] + [640e-6] * 10, monkeypatch) == 1.0
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads cannot be bound here")
+def test_a_tenant_that_stays_on_a_core_makes_no_difference_where_another_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = os.sched_getaffinity(0)
+    if len(before) == 1:
+        pytest.skip("there is one core")
+    busy = min(before)
+    monkeypatch.setattr(host_speed, "piece_of_python_s", lambda: 640e-6 if busy in os.sched_getaffinity(0) else 320e-6)
+    assert host_times_as_slow() == 1.0
+    assert os.sched_getaffinity(0) == before
 
 
 def test_a_slower_host_slows_what_it_issues_and_not_what_the_device_does() -> None:
