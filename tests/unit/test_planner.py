@@ -13,6 +13,7 @@ from laras.data.pack import pack_documents
 from laras.errors import ConfigError
 from laras.models.parameters import count_parameters
 from laras.models.simulation import trace_step
+from laras.planning import simulated
 from laras.planning.architecture import load_model_spec, model_spec_from_config
 from laras.planning.candidates import candidates, device_budget_bytes
 from laras.planning.catalogue import find_gpu
@@ -392,6 +393,34 @@ def test_weights_that_are_too_large_by_themselves_are_simulated_once(monkeypatch
     result = plan_training(RunConfig(max_length=1024), None, None, spec_of(), hardware, simulate)
     assert result.fits and result.choices.load_in_4bit
     assert seen.count(False) == 1
+
+
+def test_a_plan_that_was_made_before_is_read_and_another_capacity_takes_the_same_trace(monkeypatch, tmp_path):
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path))
+    seen, replays = [], []
+
+    def simulate(config, choices, layers, *_):
+        seen.append(choices)
+        forward = Segment(
+            "forward", 0, 0, (10**9, -2), Work(calls=1000, moved_bytes=10**6, products=(((8, 8, 8, 2), 1),))
+        )
+        return StepTrace(layers, (Segment("weights", 0, -1, (10**9,)), forward), paged=((-1, 5),))
+
+    replay = simulated.replay
+    monkeypatch.setattr(simulated, "replay", lambda *args, **places: replays.append(args) or replay(*args, **places))
+
+    def planned(share):
+        config = RunConfig(max_length=1024, memory_budget_fraction=share)
+        return plan_training(config, None, None, spec_of(), find_gpu("h100").to_hardware(), simulate)
+
+    first = planned(0.8)
+    simulations, replayed = len(seen), len(replays)
+    assert simulations and replayed
+    again = planned(0.8)
+    assert (again.memory, again.time, again.choices) == (first.memory, first.time, first.choices)
+    assert (len(seen), len(replays)) == (simulations, replayed)
+    assert planned(0.81).memory.device_budget_bytes > first.memory.device_budget_bytes
+    assert len(seen) == simulations and len(replays) > replayed
 
 
 @pytest.mark.parametrize(("steps", "validation_tokens", "expected"), [(60, 14_000, 30), (1005, 0, 101), (7, 0, 1)])
