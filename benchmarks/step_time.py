@@ -400,7 +400,8 @@ def choices(rows: list[Row]) -> list[str]:
 
 
 def _choices_on(gpu: str, rows: list[Row]) -> list[str]:
-    rates = RATES.on_host(BUSY_HOST)  # as the planner compares them, of kernels that are launched directly
+    # As the planner compares them, of kernels that are launched directly.
+    rates = replace(RATES, **{name: BUSY_HOST * getattr(RATES, name) for name in _HOST})
     launched = [replace(row, is_dispatched=False) for row in rows]
     predicted = {row.key.removeprefix("grid|"): row.predicted_s(rates) * row.accumulation for row in launched}
     measured = cap_grid.rows_of(memory.results_of(find_gpu(gpu)) / "cap_grid_measured.jsonl")

@@ -1,6 +1,7 @@
 """The plan is the fastest that fits, respects what is forced, and says why."""
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from laras.planning.counts import with_counts
 from laras.planning.hardware import cpu_hardware
 from laras.planning.memory import context_bytes
 from laras.planning.planner import _eval_steps, _time, plan_training
+from laras.planning.throughput import RATES, recorded_step_s
 from laras.planning.trace import Segment, StepTrace
 from laras.planning.work import Work
 from laras.planning.workload import LargestBatch, Workload, workload
@@ -377,6 +379,27 @@ def test_of_candidates_about_as_fast_the_simulated_steps_decide(monkeypatch, tmp
     assert result.choices.per_device_train_batch_size == seen[1]
     assert result.memory.method == "simulation"
     assert all(other.tokens_per_s <= result.time.tokens_per_s for other in result.alternatives if other.fits)
+
+
+def test_a_step_that_a_busy_host_would_slow_gives_way_to_one_that_it_would_not(monkeypatch, tmp_path):
+    monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, **__: str(tmp_path))
+    hardware, first = find_gpu("h100").to_hardware(), []
+
+    def simulate(config, choices, layers, *_):
+        tokens = choices.packed_tokens or choices.per_device_train_batch_size * choices.max_length
+        device = Work(moved_bytes=2 * 10**6 * tokens)
+        first.append(choices.per_device_train_batch_size)
+        if len(first) == 1:  # as long on the host as on the device
+            seconds = recorded_step_s({"forward": device}, hardware, span_tokens=1)
+            device = replace(device, calls=int(seconds / RATES.call_s))
+        else:
+            device = replace(device, moved_bytes=int(1.03 * device.moved_bytes))
+        return StepTrace(layers, (Segment("weights", 0, -1, (10**9,)), Segment("forward", 0, 0, (10**6, -2), device)))
+
+    config = RunConfig(max_length=1024, cuda_graph=False)
+    result = plan_training(config, None, None, spec_of(), hardware, simulate)
+    assert len(first) == 2 and result.choices.per_device_train_batch_size == first[1]
+    assert "the fastest that fits, where the host has other work too" in result.reasons.values()
 
 
 def test_weights_that_are_too_large_by_themselves_are_simulated_once(monkeypatch, tmp_path):

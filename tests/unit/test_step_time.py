@@ -15,7 +15,7 @@ from laras.planning.candidates import candidates
 from laras.planning.catalogue import find_gpu
 from laras.planning.memory import MemoryCase
 from laras.planning.step_forms import INT8_CALLS, NF4_CALLS, UNPACKING_CALLS, closed_work
-from laras.planning.throughput import RATES, estimate_step_s, recorded_step_s
+from laras.planning.throughput import RATES, estimate_step_s, on_busy_host, recorded_step_s
 from laras.planning.work import Work, WorkCounter
 from laras.planning.workload import workload
 
@@ -148,13 +148,14 @@ def test_plans_are_compared_on_a_host_that_is_slower_and_times_are_told_for_a_fr
     for one in candidates(config, spec, H100, "bf16", workload(config, None, None, spec)):
         assert one.busy_tokens_per_s <= one.tokens_per_s
         assert one.worth <= one.busy_tokens_per_s
-    slow = RATES.on_host(1.5)
     host = {"forward": Work(calls=100_000)}
-    assert recorded_step_s(host, H100, slow, span_tokens=1) == pytest.approx(
-        1.5 * recorded_step_s(host, H100, span_tokens=1)
-    )
+    for measured, compared in ((1.0, 1.5), (1.25, 1.5), (2.0, 2.0)):  # a host that was found slow is no slower for it
+        here = H100.model_copy(update={"host_times_as_slow": measured})
+        assert recorded_step_s(host, on_busy_host(here), span_tokens=1) == pytest.approx(
+            compared * recorded_step_s(host, H100, span_tokens=1)
+        )
     device = {"forward": replace(BUSY, calls=0)}
-    assert recorded_step_s(device, H100, slow, span_tokens=1) == recorded_step_s(device, H100, span_tokens=1)
+    assert recorded_step_s(device, on_busy_host(H100), span_tokens=1) == recorded_step_s(device, H100, span_tokens=1)
 
 
 def test_evaluation_is_no_part_of_a_step():

@@ -21,7 +21,7 @@ from laras.planning.memory import (
     context_bytes,
     estimate_memory,
 )
-from laras.planning.throughput import BUSY_HOST, RATES, Rates, estimate_step_s
+from laras.planning.throughput import estimate_step_s, on_busy_host
 from laras.planning.workload import Workload
 from laras.records import CheckpointKind, HardwareSpec, LossKind, MemoryEstimate, ModelSpec, Optim, Precision
 
@@ -292,13 +292,11 @@ def _evaluated(
                 break
     memory = estimate_memory(spec, case, hardware, budget)
     fits = max(memory.train_peak_reserved_bytes, memory.eval_peak_allocated_bytes) <= budget
-    free, busy = (_rate(spec, case, hardware, work, accumulation, RATES.on_host(slower)) for slower in (1.0, BUSY_HOST))
+    free, busy = (_rate(spec, case, one, work, accumulation) for one in (hardware, on_busy_host(hardware)))
     return Candidate(case, accumulation, memory, free, busy, fits)
 
 
-def _rate(
-    spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, work: Workload, accumulation: int, rates: Rates
-) -> float:
+def _rate(spec: ModelSpec, case: MemoryCase, hardware: HardwareSpec, work: Workload, accumulation: int) -> float:
     """Useful tokens a second."""
     if case.bin_tokens is not None:
         step_s = estimate_step_s(
@@ -308,13 +306,10 @@ def _rate(
             attended_tokens=work.attended_tokens,
             target_share=work.target_share,
             accumulation=accumulation,
-            rates=rates,
         )
     else:
         expected = replace(case, length_tokens=work.expected_longest(case.micro_batch))
-        step_s = estimate_step_s(
-            spec, expected, hardware, target_share=work.target_share, accumulation=accumulation, rates=rates
-        )
+        step_s = estimate_step_s(spec, expected, hardware, target_share=work.target_share, accumulation=accumulation)
     return work.useful_tokens(case.micro_batch, case.bin_tokens) / step_s
 
 

@@ -25,7 +25,7 @@ from laras.planning.cuda_graph import replay_reason
 from laras.planning.fused_memory import offloaded_bytes
 from laras.planning.precision import choose_precision
 from laras.planning.remedies import find_remedies
-from laras.planning.selection import resolved_choices, select
+from laras.planning.selection import Selection, resolved_choices, select
 from laras.planning.simulated import Simulate
 from laras.planning.workload import Workload, workload
 from laras.record_base import digest_of
@@ -42,6 +42,7 @@ from laras.records import (
 
 # A row costs half as much to validate as to train on, with frozen weights; so much of a run may go to validation.
 _FORWARD_SHARE, _EVALUATION_SHARE = 0.5, 0.2
+_SEEN = 1.01  # of two speeds, a difference that anyone would ask about
 
 
 def plan_training(
@@ -94,8 +95,8 @@ def plan_training(
         )
     steps = _steps(config, work, best)
     choices = resolved_choices(config, spec, best, steps, _eval_steps(config, work, steps))
-    reasons = {"precision": f"{precision}: {why}", **_reasons(config, spec, hardware, precision, work, found, best)}
-    reasons["backend"] = backend.reason
+    reasons = _reasons(config, spec, hardware, precision, work, found, selection)
+    reasons |= {"precision": f"{precision}: {why}", "backend": backend.reason}
     remedies: tuple[str, ...] = ()
     if not best.fits:
         remedies = find_remedies(config, profile, manifest, spec, hardware)
@@ -175,13 +176,12 @@ def _reasons(
     precision: Precision,
     work: Workload,
     found: list[Candidate],
-    best: Candidate,
+    selection: Selection,
 ) -> dict[str, str]:
+    best = selection.best
     case, given = best.case, "as configured"
     cap = min(config.max_length, spec.max_position_embeddings)
-    verdict = "the fastest that fits" if best.fits else "the smallest that the configuration allows"
-    if best.fits and best.memory.host_bytes:
-        verdict = "about the fastest that fits; a larger one takes more main memory"
+    verdict = _verdict(best, selection.others)
     parameters = f"{short(spec.total_parameters)} parameters"
     rows = case.micro_batch if case.bin_tokens is None else max(1, round(case.bin_tokens / work.mean_tokens))
     micro = verdict if case.bin_tokens in (None, case.micro_batch * case.length_tokens) else "a row is a bin"
@@ -237,6 +237,18 @@ def _batch_reason(config: RunConfig, work: Workload, best: Candidate) -> str:
     if best.packing and _keeps_batch(config, examples):
         return f"keeps {config.effective_batch_size} examples an optimizer step on average"
     return f"{'keeps ' if examples == config.effective_batch_size else ''}{examples:.0f} examples an optimizer step"
+
+
+def _verdict(best: Candidate, others: tuple[Candidate, ...]) -> str:
+    """What the sizes are, of all that there could be."""
+    if not best.fits:
+        return "the smallest that the configuration allows"
+    if best.memory.host_bytes:
+        return "about the fastest that fits; a larger one takes more main memory"
+    alike = [one for one in others if one.fits and one.preference()[:2] == best.preference()[:2]]
+    if any(one.tokens_per_s > _SEEN * best.tokens_per_s for one in alike):
+        return "the fastest that fits, where the host has other work too"
+    return "the fastest that fits"
 
 
 def _checkpointing_reason(

@@ -11,7 +11,7 @@ from laras.planning.candidates import LOSS_CHUNK_TOKENS, Candidate, device_budge
 from laras.planning.cuda_graph import share_of_speed, with_replay
 from laras.planning.memory import adapted_layers, lora_parameters
 from laras.planning.simulated import Simulate, simulated_step
-from laras.planning.throughput import BUSY_HOST, RATES, recorded_step_s
+from laras.planning.throughput import on_busy_host, recorded_step_s
 from laras.planning.workload import Workload
 from laras.records import HardwareSpec, ModelSpec, PlanChoices
 
@@ -172,11 +172,10 @@ def _simulated(
     recorded = case.bin_tokens or case.micro_batch * largest.row_tokens
     useful = work.useful_tokens(case.micro_batch, case.bin_tokens)
 
-    def rate(times_as_slow: float, *, replayed: bool) -> float:
+    def rate(hardware: HardwareSpec, *, replayed: bool) -> float:
         return useful / recorded_step_s(
             step.work,
             hardware,
-            RATES.on_host(times_as_slow),
             span_tokens=work.attended_tokens if one.packing else expected,
             target_share=work.target_share * recorded / (largest.target_tokens or recorded),
             token_share=expected / largest.row_tokens,
@@ -190,8 +189,8 @@ def _simulated(
             one,
             memory=memory,
             fits=step.fits,
-            tokens_per_s=rate(1.0, replayed=replayed),
-            busy_tokens_per_s=rate(BUSY_HOST, replayed=replayed),
+            tokens_per_s=rate(hardware, replayed=replayed),
+            busy_tokens_per_s=rate(on_busy_host(hardware), replayed=replayed),
         )
         for replayed in (False, True)
     )

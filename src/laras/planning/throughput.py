@@ -11,7 +11,7 @@ predicted.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from laras.planning.memory import MemoryCase, adapted_layers
 from laras.planning.step_forms import closed_work
@@ -53,26 +53,15 @@ class Rates:
     engine_s: float
     compiled_s: float
 
-    def on_host(self, times_as_slow: float) -> Rates:
-        """The same device, and a host that takes so many times as long."""
-        return replace(
-            self,
-            view_s=times_as_slow * self.view_s,
-            call_s=times_as_slow * self.call_s,
-            graph_s=times_as_slow * self.graph_s,
-            engine_s=times_as_slow * self.engine_s,
-            compiled_s=times_as_slow * self.compiled_s,
-        )
-
 
 RATES = Rates(
     matrix=0.72, matrix_fp32=0.52, attention=0.40, attention_masked=0.195, attention_start=2350,
     bandwidth=0.79, kernel_s=2.9e-6, gap_s=2.2e-6,
     view_s=5.2e-6, call_s=9.6e-6, graph_s=17.5e-6, engine_s=11.7e-6, compiled_s=43e-6,
 )  # fmt: skip
-# Plans are compared on a host that is slower by this: beside another tenant a core takes up to twice as long, and a
-# plan that the host limits loses more by it than it gains on a free one. Source: of 1, 1.25, 1.5 and 2, what makes the
-# fewest wrong choices of `benchmarks/cap_grid.py` on an H100 and an H200.
+# Beside another tenant a core takes up to twice as long, and a plan that the host limits loses more by it than it gains
+# on a free one. Source: of 1, 1.25, 1.5 and 2, what makes the fewest wrong choices of `benchmarks/cap_grid.py` on an
+# H100 and an H200.
 BUSY_HOST = 1.5
 # Once a step, however many micro-batches: the adapters' copies, the update, the gradients' release.
 _FIRST, _LAST = ("states", "batch"), ("optimizer", "release")
@@ -81,6 +70,12 @@ _AGAIN = " again"  # of a second micro-batch
 # Share of a copy's time that what runs beside it loses. Source: one pair of runs on an H100, 343 and 348 ms.
 _COPY_LOSS = 0.07
 _STEADY_AFTER = 32  # micro-batches: from then on, each takes as long as the last
+
+
+def on_busy_host(hardware: HardwareSpec) -> HardwareSpec:
+    """The device with a host that has other work, where plans are compared."""
+    slower = max(BUSY_HOST, hardware.host_times_as_slow)
+    return hardware.model_copy(update={"host_times_as_slow": slower})
 
 
 def recorded_step_s(
@@ -214,7 +209,6 @@ def estimate_step_s(
     attended_tokens: float | None = None,
     target_share: float = 1.0,
     accumulation: int = 1,
-    rates: Rates = RATES,
 ) -> float:
     """Seconds of one micro-batch, forward and backward, with its part of the optimizer's step.
 
@@ -225,15 +219,12 @@ def estimate_step_s(
         attended_tokens: Mean length of what a token attends within; None is the case's length.
         target_share: Share of the tokens that carry loss; logits of others are not computed.
         accumulation: Micro-batches of an optimizer step.
-        rates: What a GPU and its host reach.
     """
     span = attended_tokens if attended_tokens is not None else case.length_tokens
     if hardware.kind == "cpu":
         return _on_cpu_s(spec, case, hardware, span, target_share)
     work = closed_work(spec, case)
-    return recorded_step_s(
-        work, hardware, rates, span_tokens=span, target_share=target_share, accumulation=accumulation
-    )
+    return recorded_step_s(work, hardware, span_tokens=span, target_share=target_share, accumulation=accumulation)
 
 
 def _on_cpu_s(
