@@ -11,8 +11,8 @@ how long they took. A row holds all steps; `micro_s` is the median of those that
 With --device one step more runs under torch's profiler: the seconds in which kernels ran, and how many there were. A
 second call goes on: what has a row is not timed again.
 
-In `results/h200/step_time_measured.jsonl`, rows of `run` 1, with `steps_s`, were timed before cores were chosen: any core,
-with the piece's time before and after (`host`) and how long the host took to issue each step (`issued_s`).
+In `results/h200/step_time_measured.jsonl`, rows of `run` 1, with `steps_s`, were timed before cores were chosen: on
+any core, with the piece's time before and after (`host`) and how long the host took to issue each step (`issued_s`).
 """
 
 from __future__ import annotations
