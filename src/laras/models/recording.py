@@ -21,14 +21,13 @@ from laras.models import counting
 from laras.models.counting import count_operation
 from laras.models.meta_results import MetaResults
 from laras.planning.depth import Repeat
+from laras.planning.step_forms import CHECKPOINT_CALLS
 from laras.planning.trace import Key, Segment, StepTrace
 from laras.planning.work import WorkCounter
 
 _aten: Any = torch.ops.aten
 # A layer that loops over positions in Python would take minutes; hundreds of layers of experts stay below.
 _MOST_ALLOCATIONS = 300_000
-# What PyTorch's checkpointing does in Python for a layer, hooks of its saved tensors included, as so many operations.
-_CHECKPOINT_CALLS = 45
 _MOST_OF_A_LAYER = 1_000  # requests and frees of its forward; layers without a loop have some 200
 
 
@@ -134,7 +133,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self._kinds is None:
             return
         if self._in_backward:
-            self.counter.called(_CHECKPOINT_CALLS, in_graph=True)
+            self.counter.called(CHECKPOINT_CALLS, in_graph=True)
         else:
             self.begin(self._kinds[0], self._kinds[3], number)
 
