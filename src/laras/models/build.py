@@ -134,6 +134,9 @@ def _path(model: nn.Module, choices: PlanChoices, observer: Observer) -> Executi
     kind: str = "none"
     if choices.gradient_checkpointing:
         kind = "full" if choices.checkpoint_kind == "none" else choices.checkpoint_kind
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    if on_cpu:
+        _leave_file(model)
     fused = FusedModel(
         model,
         dtype=torch_dtype(choices.precision),
@@ -143,7 +146,7 @@ def _path(model: nn.Module, choices: PlanChoices, observer: Observer) -> Executi
         longest_tokens=choices.max_length,
         observer=observer,
     )
-    if next(model.parameters()).device.type == "cpu":
+    if on_cpu:
         _return_freed_memory()
     compiled = f"; kernels compiled and compared in {kernels_s:.0f} s" if kernels_s >= _WORTH_SAYING_S else ""
     observer.message(f"fused layers, checkpointing: {kind}{compiled}")
@@ -153,6 +156,18 @@ def _path(model: nn.Module, choices: PlanChoices, observer: Observer) -> Executi
 def _low(choices: PlanChoices) -> torch.dtype | None:
     """What autocast lowers products to; None where everything is in fp32."""
     return torch_dtype(choices.precision) if choices.precision != "fp32" else None
+
+
+def _leave_file(model: Any) -> None:
+    """Copies the weights that the fused layers will not: embeddings, norms and biases.
+
+    Weights are read through a map of their whole file, all of which is resident as long as one of them is left in it.
+    """
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    kept = {id(parameter) for end in ends for parameter in end.parameters()}
+    for parameter in model.parameters():
+        if parameter.dim() < 2 or id(parameter) in kept:
+            parameter.data = parameter.data.clone()
 
 
 def _return_freed_memory() -> None:
