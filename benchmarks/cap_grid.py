@@ -32,7 +32,7 @@ from statistics import median
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from memory import MIB, MODELS, card, measuring_base, optimizer_of, packed_or_padded, results_of
+from memory import MIB, MODELS, card, measuring_base, optimizer_of, packed_or_padded, results_of, rows_of
 
 GIB = 2**30
 CAPS_GIB = (15, 22, 40, 79)
@@ -278,14 +278,6 @@ def gpu_run(subject: Subject, length: int = MAX_LENGTH) -> Run:
         return Outcome(median(times), torch.cuda.max_memory_allocated() / MIB, torch.cuda.max_memory_reserved() / MIB)
 
     return run
-
-
-def rows_of(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows by key; none where there is no file."""
-    if not path.is_file():
-        return {}
-    rows = (json.loads(line) for line in path.read_text().splitlines())
-    return {row["key"]: row for row in rows if "key" in row}
 
 
 class _Missing(Exception):

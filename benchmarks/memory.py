@@ -218,6 +218,14 @@ def blind_cases() -> list[Case]:
     return found
 
 
+def rows_of(path: Path) -> dict[str, dict[str, Any]]:
+    """Rows of a file by key, the last of each; none where there is no file."""
+    if not path.is_file():
+        return {}
+    rows = (json.loads(line) for line in path.read_text().splitlines())
+    return {row["key"]: row for row in rows if "key" in row}
+
+
 def _shape(case: Case) -> dict[str, Any]:
     return MODELS.get(case.model) or BLIND[case.model]
 
@@ -374,18 +382,28 @@ def golden(out: Path) -> None:
 # ------------------------------------------------------------ measure
 
 
-def measure(out: Path, only: str, budget_s: float, found: list[Case]) -> bool:
-    """Whether every case was tried; those that failed before come last."""
+def measure(
+    out: Path, found: list[Case], budget_s: float, run: Callable[[Case], dict[str, Any]], figures: tuple[str, ...]
+) -> bool:
+    """Runs cases, each a row of a file; whether every one was tried.
+
+    Args:
+        out: What has a row there with the first of the figures is not run again; what failed before comes last.
+        found: The cases.
+        budget_s: No case begins later.
+        run: Gives the row of a case.
+        figures: Of a row, those that are shown.
+    """
     import torch
 
     started = time.monotonic()
     torch.empty(1, device="cuda")
-    done = _rows(out)
+    done = rows_of(out)
     with out.open("a") as file:
         header = {"event": "start", "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
         print(json.dumps(header), file=file, flush=True)
         for case in sorted(found, key=lambda case: case.key in done):
-            if only not in case.key or "train_MiB" in done.get(case.key, {}):
+            if figures[0] in done.get(case.key, {}):
                 continue
             if time.monotonic() - started > budget_s:
                 print("out of time; the next call goes on", flush=True)
@@ -393,14 +411,15 @@ def measure(out: Path, only: str, budget_s: float, found: list[Case]) -> bool:
             row: dict[str, Any] = {"key": case.key}
             began = time.monotonic()
             try:
-                row |= _measured(case)
+                row |= run(case)
             except Exception as error:  # noqa: BLE001 - a case that fails is a row of the table
                 row["error"] = f"{type(error).__name__}: {error}"[:400]
             gc.collect()
             torch.cuda.empty_cache()
             row["took_s"] = round(time.monotonic() - began, 2)
             print(json.dumps(row), file=file, flush=True)
-            print(f"{case.key:50} {row.get('train_MiB', 0):10.1f} {row.get('micro_s', 0):8.4f} {row.get('error', '')[:150]}", flush=True)  # fmt: skip
+            shown = " ".join(f"{row.get(name, 0):12.4f}" for name in figures)
+            print(f"{case.key:50} {shown} {row.get('error', '')[:150]}", flush=True)
             if "CUDA error" in row.get("error", ""):  # no later call of this process would succeed
                 return False
     return True
@@ -645,18 +664,11 @@ TEXT_BLIND = [
 ]
 
 
-def _rows(path: Path) -> dict[str, dict[str, Any]]:
-    if not path.is_file():
-        return {}
-    rows = (json.loads(line) for line in path.read_text().splitlines())
-    return {row["key"]: row for row in rows if "key" in row}
-
-
 def _first_try(path: Path, facts: dict[str, dict[str, Any]]) -> list[str]:
     """How the predictions did that were written before anything was measured."""
     if not path.is_file():
         return []
-    plans = _rows(path)
+    plans = rows_of(path)
     both = [key for key, fact in facts.items() if "train_MiB" in fact and "train_MiB" in plans.get(key, {})]
     errors = [abs(plans[key]["train_MiB"] / facts[key]["train_MiB"] - 1) for key in both]
     within = sum(error <= 0.005 for error in errors)
@@ -692,10 +704,10 @@ def _table(keys: list[str], plans: dict[str, dict[str, Any]], facts: dict[str, d
 
 
 def report(predicted: Path, measured: Path, out: Path, *, blind: bool) -> None:
-    plans, facts = _rows(predicted), _rows(measured)
+    plans, facts = rows_of(predicted), rows_of(measured)
     for key in HELD_BY_OTHERS & facts.keys():
         facts[key].pop("process_MiB", None)
-    then, now = (_rows(predicted.with_name(f"memory_{name}.jsonl")) for name in ("predicted_fused", "today_measured"))
+    then, now = (rows_of(predicted.with_name(f"memory_{name}.jsonl")) for name in ("predicted_fused", "today_measured"))
     both = [key for key, fact in facts.items() if "train_MiB" in fact and "train_MiB" in plans.get(key, {})]
     sections = ((TEXT_BLIND, both, plans, facts),) if blind else (
         (TEXT_PLAIN, [key for key in both if not facts[key]["fused"]], plans, facts),
@@ -749,7 +761,8 @@ def main() -> int:
             sys.exit(f"{predicted} exists: blind predictions are made once")
         predict(predicted, options.only, found, options.gpu)
     elif options.mode == "measure":
-        return 0 if measure(measured, options.only, options.budget_s, found) else 3
+        wanted = [case for case in found if options.only in case.key]
+        return 0 if measure(measured, wanted, options.budget_s, _measured, ("train_MiB", "micro_s")) else 3
     else:
         report(predicted, measured, results / f"{name}.md", blind=options.blind)
     return 0

@@ -39,7 +39,7 @@ import time_steps
 
 from laras.models.fused import variant
 from laras.planning.catalogue import CATALOGUE, find_gpu, match_device_name
-from laras.planning.throughput import BUSY_HOST, RATES, Rates, recorded_step_s
+from laras.planning.throughput import BUSY_HOST, RATES, Rates, on_busy_host, recorded_step_s
 from laras.planning.work import Work
 from laras.records import HardwareSpec
 
@@ -127,11 +127,16 @@ class Row:
     def is_fused(self) -> bool:
         return any(part.compiled for part in self.work.values())
 
-    def predicted_s(self, rates: Rates = RATES) -> float:
-        """By the constants."""
+    @property
+    def known_device_s(self) -> float | None:
+        """What the device took, where it can be told from what the host did: not where that waits part by part."""
+        return None if any(part.waits for part in self.work.values()) else self.device_s
+
+    def predicted_s(self, rates: Rates = RATES, hardware: HardwareSpec | None = None) -> float:
+        """By the constants, on its card."""
         return recorded_step_s(
             self.work,
-            hardware_of(self.gpu),
+            hardware or hardware_of(self.gpu),
             replace(rates, compiled_s=_DISPATCH_S) if self.is_dispatched else rates,
             span_tokens=self.span_tokens,
             target_share=self.target_share,
@@ -221,7 +226,7 @@ def _of_steps(path: Path) -> Iterator[dict[str, Any]]:
 
 def _of_memory(path: Path) -> Iterator[dict[str, Any]]:
     """Steps of transformers' layers that were timed as their memory was measured, on any core."""
-    facts = memory._rows(path)
+    facts = memory.rows_of(path)
     for case in memory.cases():
         fact = facts.get(case.key, {})
         if "micro_s" in fact and not fact["fused"]:
@@ -231,8 +236,8 @@ def _of_memory(path: Path) -> Iterator[dict[str, Any]]:
 def _of_grid(folder: Path) -> Iterator[dict[str, Any]]:
     from laras.records import PlanChoices
 
-    plans = cap_grid.rows_of(folder / "cap_grid_plans.jsonl")
-    for key, fact in cap_grid.rows_of(folder / "cap_grid_measured.jsonl").items():
+    plans = memory.rows_of(folder / "cap_grid_plans.jsonl")
+    for key, fact in memory.rows_of(folder / "cap_grid_measured.jsonl").items():
         if not fact.get("step_s"):
             continue
         model, method, *_ = key.split("|")
@@ -334,8 +339,6 @@ def fit(rows: list[Row]) -> Rates:
     The search begins with those of the product.
     """
     names = [field.name for field in fields(Rates) if field.name not in _FIXED]
-    # Where the host waits for the device part by part, what each takes cannot be told apart.
-    known = [row for row in rows if row.device_s and not any(part.waits for part in row.work.values())]
 
     def rates_at(point: list[float]) -> Rates:
         return replace(RATES, **dict(zip(names, map(exp, point), strict=True)))
@@ -344,7 +347,7 @@ def fit(rows: list[Row]) -> Rates:
         rates = rates_at(point)
         steps = mean(min(_OUTLIER, abs(log(1 + row.error(rates)))) for row in rows)
         return steps + _DEVICE_WEIGHT * mean(
-            abs(log(row.predicted_device_s(rates) / row.device_s)) for row in known if row.device_s
+            abs(log(row.predicted_device_s(rates) / row.known_device_s)) for row in rows if row.known_device_s
         )
 
     return rates_at(_minimum(loss, [log(getattr(RATES, name)) for name in names]))
@@ -400,11 +403,12 @@ def choices(rows: list[Row]) -> list[str]:
 
 
 def _choices_on(gpu: str, rows: list[Row]) -> list[str]:
-    # As the planner compares them, of kernels that are launched directly.
-    rates = replace(RATES, **{name: BUSY_HOST * getattr(RATES, name) for name in _HOST})
-    launched = [replace(row, is_dispatched=False) for row in rows]
-    predicted = {row.key.removeprefix("grid|"): row.predicted_s(rates) * row.accumulation for row in launched}
-    measured = cap_grid.rows_of(memory.results_of(find_gpu(gpu)) / "cap_grid_measured.jsonl")
+    hardware = on_busy_host(hardware_of(gpu))  # where the planner compares them
+    launched = [replace(row, is_dispatched=False) for row in rows]  # directly, as kernels are today
+    predicted = {
+        row.key.removeprefix("grid|"): row.predicted_s(hardware=hardware) * row.accumulation for row in launched
+    }
+    measured = memory.rows_of(memory.results_of(find_gpu(gpu)) / "cap_grid_measured.jsonl")
     lines = []
     for subject in cap_grid.subjects():
         free = {key: row for key, row in measured.items() if key.startswith(f"{subject.key}|free|") and row["step_s"]}
@@ -461,9 +465,7 @@ def report(rows: list[Row], out: Path) -> None:
         "of these, the host takes the time": [row.error() for row in cases if row not in bound],
         "of these, all steps on any core": [replace(row, measured_s=row.any_core_s).error() for row in anywhere],
         "what the device alone takes": [
-            row.predicted_device_s() / row.device_s - 1
-            for row in cases
-            if row.device_s and not any(part.waits for part in row.work.values())
+            row.predicted_device_s() / row.known_device_s - 1 for row in cases if row.known_device_s
         ],
         **{name: [row.error() for row in rows if row.group == name] for name in sorted({row.group for row in rows})},
     }

@@ -9,7 +9,7 @@ runs again after it: where it was slow, the step is `busy`. Which steps count is
 how long they took. A row holds all steps; `micro_s` is the median of those that were not busy, or of all if all were.
 
 With --device one step more runs under torch's profiler: the seconds in which kernels ran, and how many there were. A
-second call goes on: what has a row is not timed again.
+second call goes on: what was timed is not timed again.
 
 In `results/h200/step_time_measured.jsonl`, rows of `run` 1, with `steps_s`, were timed before cores were chosen: on
 any core, with the piece's time before and after (`host`) and how long the host took to issue each step (`issued_s`).
@@ -18,8 +18,6 @@ any core, with the piece's time before and after (`host`) and how long the host 
 from __future__ import annotations
 
 import argparse
-import gc
-import json
 import os
 import random
 import sys
@@ -91,14 +89,16 @@ def timed(case: memory.Case, core: FreeCore, *, with_device: bool) -> dict[str, 
     free_s: list[float] = []
     busy_s: list[float] = []
     began = time.perf_counter()
-    while (len(free_s) < LEAST_STEPS or sum(free_s) < LEAST_S) and time.perf_counter() - began < MOST_S:
-        was_free = core.settle()
-        started = time.perf_counter()
-        ready.optimizer_step()
-        torch.cuda.synchronize()
-        step_s = time.perf_counter() - started
-        (free_s if was_free and core.is_free() else busy_s).append(round(step_s, 6))
-    core.leave()
+    try:
+        while (len(free_s) < LEAST_STEPS or sum(free_s) < LEAST_S) and time.perf_counter() - began < MOST_S:
+            was_free = core.settle()
+            started = time.perf_counter()
+            ready.optimizer_step()
+            torch.cuda.synchronize()
+            step_s = time.perf_counter() - started
+            (free_s if was_free and core.is_free() else busy_s).append(round(step_s, 6))
+    finally:
+        core.leave()
     row: dict[str, Any] = {
         "micro_s": median(free_s or busy_s) / ready.accumulation,
         "accumulation": ready.accumulation,
@@ -122,40 +122,6 @@ def _on_device(ready: memory.Prepared) -> dict[str, Any]:
     return {"device_s": round(sum(one.device_time for one in kernels) / 1e6, 6), "kernels": len(kernels)}
 
 
-def measure(out: Path, options: argparse.Namespace, found: list[memory.Case]) -> bool:
-    """Whether every case was tried."""
-    import torch
-
-    started, done, core = time.monotonic(), memory._rows(out), FreeCore()
-    with out.open("a") as file:
-        header = {"event": "start", "gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-        print(json.dumps(header), file=file, flush=True)
-        for case in found:
-            if case.key in done or (options.keys and case.key not in options.keys.read_text().splitlines()):
-                continue
-            if time.monotonic() - started > options.budget_s:
-                print("out of time; the next call goes on", flush=True)
-                return False
-            row: dict[str, Any] = {"key": case.key}
-            began = time.monotonic()
-            try:
-                row |= timed(case, core, with_device=options.device)
-            except Exception as error:  # noqa: BLE001 - a case that fails is a row of the table
-                core.leave()
-                row["error"] = f"{type(error).__name__}: {error}"[:400]
-            gc.collect()
-            torch.cuda.empty_cache()
-            row["took_s"] = round(time.monotonic() - began, 2)
-            print(json.dumps(row), file=file, flush=True)
-            steps = f"{len(row.get('free_s', []))} of {len(row.get('free_s', [])) + len(row.get('busy_s', []))}"
-            print(
-                f"{case.key:50} {row.get('micro_s', 0):8.4f} s, {steps} steps {row.get('error', '')[:150]}", flush=True
-            )
-            if "CUDA error" in row.get("error", ""):  # no later call of this process would succeed
-                return False
-    return True
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
@@ -165,8 +131,15 @@ def main() -> int:
     parser.add_argument("--budget-s", type=float, default=540)
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    found = memory.blind_cases() if options.blind else memory.cases()
-    return 0 if measure(options.out / FILE, options, found) else 3
+    found, core = memory.blind_cases() if options.blind else memory.cases(), FreeCore()
+    if options.keys:
+        wanted = set(options.keys.read_text().splitlines())
+        found = [case for case in found if case.key in wanted]
+
+    def run(case: memory.Case) -> dict[str, Any]:
+        return timed(case, core, with_device=options.device)
+
+    return 0 if memory.measure(options.out / FILE, found, options.budget_s, run, ("micro_s",)) else 3
 
 
 if __name__ == "__main__":

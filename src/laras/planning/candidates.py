@@ -114,6 +114,10 @@ class Candidate:
         """The speed, less what the main memory is worth that it takes."""
         return self.busy_tokens_per_s * (1 - _HOST_PRICE * self.memory.host_bytes / 2**30)
 
+    def is_as_exact_as(self, other: Candidate) -> bool:
+        """Whether both keep weights and optimizer states in as many bits."""
+        return self.preference()[:2] == other.preference()[:2]
+
     def at_speed(self, times_as_fast: float) -> Candidate:
         """The same, so many times as fast."""
         free, busy = times_as_fast * self.tokens_per_s, times_as_fast * self.busy_tokens_per_s

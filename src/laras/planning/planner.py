@@ -245,7 +245,7 @@ def _verdict(best: Candidate, others: tuple[Candidate, ...]) -> str:
         return "the smallest that the configuration allows"
     if best.memory.host_bytes:
         return "about the fastest that fits; a larger one takes more main memory"
-    alike = [one for one in others if one.fits and one.preference()[:2] == best.preference()[:2]]
+    alike = (one for one in others if one.fits and one.is_as_exact_as(best))
     if any(one.tokens_per_s > _SEEN * best.tokens_per_s for one in alike):
         return "the fastest that fits, where the host has other work too"
     return "the fastest that fits"

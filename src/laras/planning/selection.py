@@ -117,8 +117,7 @@ def _fitting(
 
 
 def _contends(one: Candidate, first: Candidate) -> bool:
-    alike = one.preference()[:2] == first.preference()[:2]
-    return alike and one.worth >= _CONTENDER_SHARE * first.worth
+    return one.is_as_exact_as(first) and one.worth >= _CONTENDER_SHARE * first.worth
 
 
 def _selection(
